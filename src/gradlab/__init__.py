@@ -1,0 +1,1 @@
+"""Higher-order derivatives, one vocabulary on JAX and PyTorch."""
