@@ -1,0 +1,88 @@
+"""Which framework do these arguments belong to?
+
+A contract is a signature and a docstring; `operation` turns it into the function that looks at
+its arguments, finds the framework they belong to, and calls the implementation of the same name
+in `_jax.py` or `_torch.py` beside the contract. Nothing is imported until a framework's own
+array has been seen, so `import gradlab` stays free of both.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any, TypeVar
+
+from gradlab._errors import BackendError
+
+Contract = TypeVar("Contract", bound=Callable[..., Any])
+
+
+def operation(contract: Contract) -> Contract:
+    """Make the public function of a contract: the same call, sent to the framework of its arguments."""
+    name, package = contract.__name__, contract.__module__
+    implementations: dict[str, Callable[..., Any]] = {}
+
+    @wraps(contract)
+    def dispatched(*args: Any, **options: Any) -> Any:
+        backend = framework_of(name, args)
+        implementation = implementations.get(backend)
+        if implementation is None:
+            implementation = getattr(import_module(f"{package}._{backend}"), name)
+            implementations[backend] = implementation
+        return implementation(*args, **options)
+
+    return dispatched  # type: ignore[return-value]
+
+
+def framework_of(name: str, args: tuple[Any, ...]) -> str:
+    """Return "jax" or "torch": the one framework whose arrays stand in the trees `args`.
+
+    Raises:
+        BackendError: arrays of both frameworks, or of neither.
+    """
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    found: set[str] = set()
+    for arg in args:
+        _collect(arg, torch, jax, found)
+    if len(found) == 1:
+        return found.pop()
+    given = "arrays of jax and of torch" if found else "no jax or torch array"
+    raise BackendError(
+        f"{name}: the arguments hold {given}; convert them to one framework, "
+        f"or call gradlab.jax.{name} or gradlab.torch.{name}, which also take numpy arrays and numbers"
+    )
+
+
+def _collect(tree: Any, torch: Any, jax: Any, found: set[str]) -> None:
+    if torch is not None and isinstance(tree, (torch.Tensor, torch.nn.Module)):
+        found.add("torch")
+    elif jax is not None and isinstance(tree, jax.Array):
+        found.add("jax")
+    elif isinstance(tree, dict):
+        for child in tree.values():
+            _collect(child, torch, jax, found)
+    elif isinstance(tree, (list, tuple)):
+        for child in tree:
+            _collect(child, torch, jax, found)
+    elif tree is not None and not isinstance(tree, _ATOMS):
+        _collect_registered(tree, torch, jax, found)
+
+
+_ATOMS = (bool, int, float, complex, str, bytes, type(lambda: None), type(len))
+
+
+def _collect_registered(tree: Any, torch: Any, jax: Any, found: set[str]) -> None:
+    """Look into nodes that only a framework's own tree registry knows: equinox modules, dataclasses."""
+    for flatten in (
+        jax and jax.tree_util.tree_leaves,
+        torch and import_module("torch.utils._pytree").tree_leaves,
+    ):
+        leaves = flatten(tree) if flatten else ()
+        if len(leaves) != 1 or leaves[0] is not tree:
+            for leaf in leaves:
+                if torch is not None and isinstance(leaf, torch.Tensor):
+                    found.add("torch")
+                elif jax is not None and isinstance(leaf, jax.Array):
+                    found.add("jax")

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+
+from gradlab._errors import InputError
+from gradlab.transforms.jacobians import Mode
+from gradlab.transforms.linearised._jax import in_chunks, is_traced, linearise, over_basis
+from gradlab.transforms.operators import LinearOperator, check_chunk_size, check_fits
+from gradlab.transforms.trees._jax import Tree, nested, nested_columns, tree_function
+
+
+def jacobian(
+    f: Callable[..., Any],
+    x: Any,
+    *args: Any,
+    has_aux: bool = False,
+    mode: Mode = "auto",
+    chunk_size: int | None = None,
+) -> Any:
+    """Rows by the pullback of each output, or columns by the pushforward of each input."""
+    check_chunk_size("jacobian", chunk_size)
+    if mode not in get_args(Mode):
+        raise InputError(f"jacobian: unknown mode {mode!r}; pass one of {', '.join(get_args(Mode))}")
+    tree = Tree("jacobian", "x", x)
+    function, output = tree_function("jacobian", f, tree, args, has_aux)
+    line = linearise(function, tree.leaves)
+    y = output()
+    check_fits("jacobian", (y.size, tree.size), tree)
+    traced = is_traced(line.outputs)
+    if mode == "forward" or mode == "auto" and tree.size < y.size:
+        columns = over_basis(tree.size, lambda i: line.push(tree.unit(i)), chunk_size, traced)
+        J = nested_columns(y, tree, columns)
+    else:
+        rows = over_basis(y.size, lambda i: line.pull(y.unit(i)), chunk_size, traced)
+        J = nested(y, tree, rows)
+    return (J, line.aux) if has_aux else J
+
+
+def jacobian_operator(
+    f: Callable[..., Any], x: Any, *args: Any, has_aux: bool = False, chunk_size: int | None = None
+) -> LinearOperator:
+    """The linearised function, kept and compiled at its first use: pushforward and pullback."""
+    check_chunk_size("jacobian_operator", chunk_size)
+    tree = Tree("jacobian_operator", "x", x)
+    function, output = tree_function("jacobian_operator", f, tree, args, has_aux)
+    line = linearise(function, tree.leaves)
+    y = output()
+    push = jax.jit(lambda V, chunk: in_chunks(line.push, V, chunk), static_argnums=1)
+    pull = jax.jit(lambda U, chunk: in_chunks(line.pull, U, chunk), static_argnums=1)
+    kept = {"chunk_size": chunk_size, "aux": line.aux}
+    J = LinearOperator(tree, y, jax.jit(line.push), push, lambda: transposed, **kept)
+    transposed = LinearOperator(y, tree, jax.jit(line.pull), pull, lambda: J, **kept)
+    return J

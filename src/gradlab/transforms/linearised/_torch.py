@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from gradlab.transforms.operators import DIRECTIONS
+from gradlab.transforms.repairs._torch import (
+    WITHOUT_SECOND,
+    WRONG_BEYOND_SECOND,
+    Level,
+    Repair,
+    repaired,
+    transforming,
+)
+
+Leaves = Sequence[Any]
+Function = Callable[[Leaves], tuple[Leaves, Any]]
+
+
+@dataclass
+class Linearised:
+    """Outputs and aux of a function at a point, and the two linear maps of its derivative J there.
+
+    `pull(us)` is Jᵀ u. `push(vs)` is J v: the transpose of the pullback, so that reverse mode alone
+    serves both. Each takes `many=True` for directions stacked on a leading axis.
+    """
+
+    outputs: Leaves
+    aux: Any
+    pull: Callable[..., Leaves]
+    transpose: Callable[[Leaves], Callable[..., Leaves]]
+    attached: bool  # whether the results can be differentiated again
+
+    @cached_property
+    def push(self) -> Callable[..., Leaves]:
+        return self.transpose([torch.zeros_like(y) for y in self.outputs])
+
+
+def linearise(f: Function, leaves: Leaves, user: Any, *, gradient: bool = False) -> Linearised:
+    """Linearise `f(leaves) -> (outputs, aux)`, or with `gradient=True` the gradient of its one output.
+
+    `user` is the caller's own function, by which what was learned of its operations is remembered.
+    """
+    by = _by_transforms if transforming() else _by_graph
+    return by(f, leaves, user, gradient)
+
+
+def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple[Linearised, Leaves]:
+    """Linearise, with J v for one tangent: by forward mode in the same run of `f` where that is right.
+
+    Forward mode is cheaper than the transposed pullback in eager code; a result that can be
+    differentiated again, and operations without forward mode, take the transposed pullback.
+    """
+    tangents: list[Any] = []
+
+    def along(xs: Leaves) -> tuple[Leaves, Any]:
+        outputs, aux = f([forward_ad.make_dual(x, v) for x, v in zip(xs, vs, strict=True)])
+        pairs = [forward_ad.unpack_dual(y) for y in outputs]
+        tangents[:] = [torch.zeros_like(y) if t is None else t.detach() for y, t in pairs]
+        return [y for y, _ in pairs], aux
+
+    if not transforming() and not any(t.requires_grad for t in (*leaves, *vs)):
+        try:
+            with forward_ad.dual_level():
+                line = _by_graph(along, leaves, user, False)
+            if not line.attached:
+                return line, tangents
+        except (NotImplementedError, RuntimeError):  # an operation without forward mode
+            pass
+    line = linearise(f, leaves, user)
+    return line, line.push(vs)
+
+
+def over_basis(tree: Any, apply: Callable[..., Leaves], chunk_size: int | None) -> Iterator[tuple[int, Leaves]]:
+    """A start, and the products with the unit directions from there on: a chunk at a time."""
+    chunk = chunk_size or min(tree.size, DIRECTIONS)
+    for start in range(0, tree.size, chunk):
+        yield start, apply(tree.basis(start, min(start + chunk, tree.size)), many=True)
+
+
+def in_chunks(apply: Callable[..., Leaves], directions: Leaves, chunk_size: int | None) -> Leaves:
+    """The products with stacked directions, at most `chunk_size` of them at once."""
+    k = directions[0].shape[0]
+    if chunk_size is None or chunk_size >= k:
+        return apply(directions, many=True)
+    parts = [apply(part, many=True) for part in zip(*(d.split(chunk_size) for d in directions), strict=True)]
+    return [torch.cat(leaf) for leaf in zip(*parts, strict=True)]
+
+
+TENSOR = object()  # marks the place of a tensor among constants
+
+
+def tensors_only(f: Callable[..., tuple[Any, Any]]) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
+    """`f` with the tensors alone of its aux, which is all that torch.func takes, and how to restore it."""
+    constants: list[Any] = []
+
+    def of_tensors(xs: Leaves) -> tuple[Any, Any]:
+        outputs, aux = f(xs)
+        flat, spec = pytree.tree_flatten(aux)
+        constants[:] = [spec, [TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]]
+        return outputs, tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
+
+    def restore(tensors: tuple[Any, ...]) -> Any:
+        (spec, flat), rest = constants, iter(tensors)
+        return pytree.tree_unflatten([next(rest) if leaf is TENSOR else leaf for leaf in flat], spec)
+
+    return of_tensors, restore
+
+
+def _by_transforms(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Linearised:
+    """torch.func: reverse over reverse, right under vmap, grad, jvp and torch.compile."""
+    of_tensors, restore = tensors_only(repaired(f))
+
+    def first(xs: Leaves) -> tuple[Any, Any]:
+        (y,), aux = of_tensors(xs)
+        return y, aux
+
+    function = torch.func.grad(first, has_aux=True) if gradient else of_tensors
+    outputs, pullback, tensors = torch.func.vjp(function, list(leaves), has_aux=True)
+    def linear(pullback: Callable[..., Any]) -> Callable[..., Leaves]:
+        one = lambda us: pullback(us)[0]
+        return lambda us, many=False, last=False: (torch.func.vmap(one) if many else one)(list(us))
+
+    pull = linear(pullback)
+    return Linearised(outputs, restore(tensors), pull, lambda us: linear(torch.func.vjp(pull, us)[1]), True)
+
+
+def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Linearised:
+    """A kept autograd graph: the fastest eager form, and one that old-style autograd.Functions allow."""
+    grad_mode = torch.is_grad_enabled()
+    with torch.enable_grad():
+        xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
+        outputs, aux, attached = _recorded(f, xs, user, gradient, grad_mode)
+        if gradient:
+            outputs = _backward(outputs, xs, None, create_graph=True)
+
+    if not attached:
+        aux = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
+
+    def linear(ys: Leaves, xs: Leaves) -> Callable[..., Leaves]:
+        def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
+            again = torch.is_grad_enabled() and (attached or any(u.requires_grad for u in us))
+            return _backward(ys, xs, us, many, retain_graph=not last, create_graph=again)
+
+        return apply
+
+    def transpose(us: Leaves) -> Callable[..., Leaves]:
+        us = [u.requires_grad_() for u in us]
+        return linear(_backward(outputs, xs, us, create_graph=True), us)
+
+    shown = outputs if attached else [y.detach() for y in outputs]
+    return Linearised(shown, aux, linear(outputs, xs), transpose, attached)
+
+
+def _backward(
+    outputs: Leaves, xs: Leaves, us: Leaves | None, many: bool = False, **options: bool
+) -> list[Any]:
+    """torch.autograd.grad with zeros for what does not depend on xs; stacked cotangents if `many`."""
+    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
+    grads: Sequence[Any] = [None] * len(xs)
+    if kept:
+        cotangents = None if us is None else [us[i] for i in kept]
+        grads = torch.autograd.grad(
+            [outputs[i] for i in kept], xs, cotangents, allow_unused=True, is_grads_batched=many, **options
+        )
+    lead = us[0].shape[:1] if us is not None and many else ()
+    return [x.new_zeros(lead + x.shape) if g is None else g for g, x in zip(grads, xs, strict=True)]
+
+
+# What the first call of a function taught: the repairs that its operations need.
+_learned: WeakKeyDictionary[Any, Level] = WeakKeyDictionary()
+
+
+def _recorded(
+    f: Function, xs: Leaves, user: Any, gradient: bool, grad_mode: bool
+) -> tuple[Leaves, Any, bool]:
+    """Run `f` with the repairs it needs, and say whether its graph reaches tensors other than `xs`.
+
+    Such a result can be differentiated again, which the faulty operations do not survive; then, and
+    where an operation has no second derivative, `f` runs again in repaired form.
+    """
+    level = _learned_level(user)
+    met, (outputs, aux) = _run(f, xs, level)
+    attached, names = _survey(outputs, xs)
+    attached = attached and grad_mode
+    needed = level
+    if attached and not names.isdisjoint(WRONG_BEYOND_SECOND):
+        needed = Level.ALL
+    elif gradient and not names.isdisjoint(WITHOUT_SECOND):
+        needed = Level.TRANSFORMS
+    elif level is Level.TRANSFORMS and not met:
+        _remember(user, Level.NONE)
+    if needed > level:
+        _remember(user, needed)
+        _, (outputs, aux) = _run(f, xs, needed)
+    return outputs, aux, attached
+
+
+def _run(f: Function, xs: Leaves, level: Level) -> tuple[bool, tuple[Leaves, Any]]:
+    if level is Level.NONE:
+        return False, f(xs)
+    with sdpa_kernel(SDPBackend.MATH), Repair(level) as repair:
+        result = f(xs)
+    return repair.met, result
+
+
+def _learned_level(user: Any) -> Level:
+    try:
+        return _learned.get(user, Level.TRANSFORMS)
+    except TypeError:  # not hashable or not weakly referable: nothing is remembered
+        return Level.TRANSFORMS
+
+
+def _remember(user: Any, level: Level) -> None:
+    try:
+        _learned[user] = level
+    except TypeError:
+        return
+
+
+def _survey(outputs: Leaves, xs: Leaves) -> tuple[bool, set[str]]:
+    """Whether the graph of `outputs` has leaves other than `xs`, and the names of its operations."""
+    own = {id(x) for x in xs}
+    stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen = set(stack)
+    names: set[str] = set()
+    attached = False
+    while stack:
+        node = stack.pop()
+        name = type(node).__name__
+        names.add(name)
+        if name == "AccumulateGrad":
+            attached = attached or id(node.variable) not in own
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                stack.append(after)
+    return attached, names

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradlab._errors import InputError, KindError
+
+Leaves = list[Any]
+Function = Callable[[Leaves], tuple[Leaves, Any]]
+
+
+class Tree:
+    """A jax pytree and its float arrays, in the order of `jax.tree.leaves`."""
+
+    def __init__(self, op: str, name: str, tree: Any):
+        leaves, self.spec = jax.tree.flatten(tree)
+        if not leaves:
+            raise InputError(f"{op}: {name} is an empty tree; pass at least one float array")
+        if not any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
+            leaves = [jnp.asarray(leaf) if isinstance(leaf, float) else leaf for leaf in leaves]
+        self.op, self.name, self.all = op, name, leaves
+        self.places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+        self.leaves: Leaves = [jnp.asarray(leaves[i]) for i in self.places]
+        if any(_is_complex(leaf) for leaf in leaves):
+            raise KindError(f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts")
+        if not self.leaves:
+            kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
+            raise KindError(f"{op}: {name} holds no float array to differentiate (only {kinds}); convert it")
+        self.shapes = [leaf.shape for leaf in self.leaves]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.size = sum(self.sizes)
+        self.dtype = jnp.result_type(*self.leaves)
+
+    def put(self, leaves: Sequence[Any]) -> Any:
+        """The tree with `leaves` for its float arrays: what the user's function takes."""
+        return jax.tree.unflatten(self.spec, self._filled(self.all, leaves))
+
+    def like(self, leaves: Sequence[Any]) -> Any:
+        """A result tree: `leaves` in their places, None where a leaf was held constant."""
+        return jax.tree.unflatten(self.spec, self._filled([None] * len(self.all), leaves))
+
+    def _filled(self, around: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+        filled = list(around)
+        for i, leaf in zip(self.places, leaves, strict=True):
+            filled[i] = leaf
+        return filled
+
+    def direction(self, v: Any, name: str = "v", batch: bool = False) -> Leaves:
+        """The leaves of a direction shaped like the tree (under one leading axis if `batch`)."""
+        leaves, spec = jax.tree.flatten(v)
+        if spec == self.spec:
+            leaves = [leaves[i] for i in self.places]
+        elif spec != jax.tree.structure(self.like(self.leaves)):
+            raise InputError(
+                f"{self.op}: {name} has the structure {spec}, {self.name} has {self.spec}; "
+                f"pass a direction with the structure of {self.name}"
+            )
+        leaves = [
+            leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, x.dtype)
+            for leaf, x in zip(leaves, self.leaves, strict=True)
+        ]
+        lead = leaves[0].shape[:1] if batch else ()
+        for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):
+            if leaf.shape != lead + x.shape or leaf.size == 0 < x.size:
+                raise InputError(
+                    f"{self.op}: {self._leaf(i, name)} has shape {leaf.shape}, {self._leaf(i)} has shape "
+                    f"{x.shape}; pass {'directions stacked on one leading axis, each' if batch else 'a direction'} "
+                    f"shaped like {self.name}"
+                )
+            if leaf.dtype != x.dtype:
+                raise KindError(
+                    f"{self.op}: {self._leaf(i, name)} has dtype {leaf.dtype}, {self._leaf(i)} has dtype "
+                    f"{x.dtype}; convert the direction with .astype"
+                )
+        return leaves
+
+    def _leaf(self, i: int, name: str | None = None) -> str:
+        paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(self.spec, self.all))[0]
+        return (name or self.name) + jax.tree_util.keystr(paths[i][0])
+
+    def read(self, v: Any, name: str = "v", batch: bool = False) -> tuple[Leaves, Callable[..., Any]]:
+        """The leaves of a direction given as a tree or as a flat vector, and how to shape a result alike."""
+        vector = isinstance(v, (jax.Array, np.ndarray)) and v.ndim == 1 + batch and v.shape[-1] == self.size
+        if vector and not (jax.tree_util.treedef_is_leaf(self.spec) and self.shapes == [(self.size,)]):
+            return self.split(jnp.asarray(v)), Tree.ravel
+        return self.direction(v, name, batch), Tree.like
+
+    def ravel(self, leaves: Leaves) -> Any:
+        """One flat vector (behind any leading axis) from leaves."""
+        lead = leaves[0].shape[: leaves[0].ndim - len(self.shapes[0])]
+        return jnp.concatenate([leaf.reshape(*lead, -1) for leaf in leaves], axis=-1)
+
+    def split(self, flat: Any) -> Leaves:
+        """Leaves from one flat vector (behind any leading axis)."""
+        parts = jnp.split(flat, np.cumsum(self.sizes)[:-1], axis=-1)
+        return [
+            part.reshape(flat.shape[:-1] + x.shape).astype(x.dtype)
+            for part, x in zip(parts, self.leaves, strict=True)
+        ]
+
+    def basis(self, start: int, stop: int) -> Leaves:
+        """The unit directions number `start` to `stop`, stacked."""
+        return jax.vmap(self.unit)(jnp.arange(start, stop))
+
+    def unit(self, i: Any) -> Leaves:
+        """The unit direction number `i`."""
+        return self.split(jnp.zeros(self.size, self.dtype).at[i].set(1))
+
+    def stack(self, rows: Sequence[Any]) -> Any:
+        """Batches of rows as one array."""
+        return rows[0] if len(rows) == 1 else jnp.concatenate(list(rows))
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The numpy dtype of the flat vector; float32 stands in for what numpy lacks (bfloat16)."""
+        return np.dtype(str(self.dtype).replace("bfloat16", "float32"))
+
+    def from_numpy(self, flat: np.ndarray) -> Any:
+        return jnp.asarray(flat, self.dtype)
+
+    def to_numpy(self, flat: Any) -> np.ndarray:
+        return np.asarray(flat, self.numpy_dtype)
+
+    def memory(self) -> int | None:
+        """Bytes of memory of an accelerator, jax's default device; None for the host."""
+        return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def nested(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
+    """A tree of trees from a matrix given as stacked rows: one array (rows.size, *shape) a column leaf."""
+    blocks = [jnp.split(leaf, np.cumsum(rows.sizes)[:-1]) for leaf in stacked]
+    return rows.like(
+        [
+            columns.like([block[i].reshape(shape + block[i].shape[1:]) for block in blocks])
+            for i, shape in enumerate(rows.shapes)
+        ]
+    )
+
+
+def nested_columns(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
+    """A tree of trees from a matrix given as stacked columns: one array (columns.size, *shape) a row leaf."""
+    blocks = [jnp.split(leaf, np.cumsum(columns.sizes)[:-1]) for leaf in stacked]
+    return rows.like(
+        [
+            columns.like(
+                [
+                    part.reshape(size, -1).T.reshape(row + column)
+                    for part, size, column in zip(block, columns.sizes, columns.shapes, strict=True)
+                ]
+            )
+            for block, row in zip(blocks, rows.shapes, strict=True)
+        ]
+    )
+
+
+def scalar_function(op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool) -> Function:
+    """`f(x, *args)` as `leaves -> ([value], aux)`; a value that is not one float is refused."""
+    outputs_of = tree_function(op, f, x, args, has_aux)[0]
+
+    def function(leaves: Leaves) -> tuple[Leaves, Any]:
+        outputs, aux = outputs_of(leaves)
+        if len(outputs) != 1 or outputs[0].ndim != 0:
+            given = " and ".join(str(y.shape) for y in outputs)
+            raise InputError(
+                f"{op}: f must return one scalar, it returned shape {given}; sum it, "
+                "or use jacobian for a function with many outputs"
+            )
+        return outputs, aux
+
+    return function
+
+
+def tree_function(
+    op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool
+) -> tuple[Function, Callable[[], Tree]]:
+    """`f(x, *args)` as `leaves -> (output leaves, aux)`, and the output's tree once it has run."""
+    trees: list[Tree] = []
+
+    def function(leaves: Leaves) -> tuple[Leaves, Any]:
+        y, aux = f(x.put(leaves), *args), None
+        if has_aux:
+            y, aux = split_aux(op, y)
+        trees[:] = [Tree(op, "f's output", y)]
+        refuse_constants(op, trees[0])
+        return trees[0].leaves, aux
+
+    return function, lambda: trees[0]
+
+
+def split_aux(op: str, y: Any) -> tuple[Any, Any]:
+    if not isinstance(y, tuple) or len(y) != 2:
+        raise KindError(f"{op}: with has_aux=True f must return (value, aux), it returned {type(y).__name__}")
+    return y
+
+
+def refuse_constants(op: str, y: Tree) -> None:
+    if len(y.leaves) < len(y.all):
+        raise KindError(
+            f"{op}: f must return float arrays alone; "
+            "return anything else as aux: (value, aux), with has_aux=True"
+        )
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _is_complex(leaf: Any) -> bool:
+    return isinstance(leaf, complex) or jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.complexfloating)

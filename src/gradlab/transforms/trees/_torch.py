@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from gradlab._errors import InputError, KindError
+
+Leaves = list[Any]
+Function = Callable[[Leaves], tuple[Leaves, Any]]
+
+
+class Tree:
+    """A torch pytree and its float tensors, in the order of torch's own pytree leaves."""
+
+    def __init__(self, op: str, name: str, tree: Any):
+        leaves, self.spec = flatten(tree)
+        if not leaves:
+            raise InputError(f"{op}: {name} is an empty tree; pass at least one float tensor")
+        if not any(isinstance(leaf, (torch.Tensor, np.ndarray)) for leaf in leaves):
+            leaves = [torch.as_tensor(leaf) if isinstance(leaf, float) else leaf for leaf in leaves]
+        self.op, self.name, self.all = op, name, [as_tensor(leaf) for leaf in leaves]
+        self.places = [i for i, leaf in enumerate(self.all) if _is_float(leaf)]
+        self.leaves: Leaves = [self.all[i] for i in self.places]
+        if len(self.leaves) < len(leaves) and any(_is_complex(leaf) for leaf in leaves):
+            raise KindError(f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts")
+        if not self.leaves:
+            kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
+            raise KindError(f"{op}: {name} holds no float tensor to differentiate (only {kinds}); convert it")
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(leaf.shape) for leaf in self.leaves]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes]
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        kinds = [leaf.dtype for leaf in self.leaves]
+        while len(kinds) > 1:
+            kinds.append(torch.promote_types(kinds.pop(), kinds.pop()))
+        return kinds[0]
+
+    def put(self, leaves: Sequence[Any]) -> Any:
+        """The tree with `leaves` for its float tensors: what the user's function takes."""
+        return unflatten(self.spec, self._filled(self.all, leaves))
+
+    def like(self, leaves: Sequence[Any]) -> Any:
+        """A result tree: `leaves` in their places, None where a leaf was held constant."""
+        return unflatten(self.spec, self._filled([None] * len(self.all), leaves))
+
+    def _filled(self, around: Sequence[Any], leaves: Sequence[Any]) -> Sequence[Any]:
+        if len(leaves) == len(around):
+            return leaves
+        filled = list(around)
+        for i, leaf in zip(self.places, leaves, strict=True):
+            filled[i] = leaf
+        return filled
+
+    def direction(self, v: Any, name: str = "v", batch: bool = False) -> Leaves:
+        """The leaves of a direction shaped like the tree (under one leading axis if `batch`)."""
+        leaves, spec = flatten(v)
+        if spec != self.spec:
+            leaves = self._matched(v, name)
+        leaves = [
+            leaf if isinstance(leaf, torch.Tensor) else torch.as_tensor(leaf, dtype=x.dtype, device=x.device)
+            for leaf, x in zip([leaves[i] for i in self.places], self.leaves, strict=True)
+        ]
+        lead = leaves[0].shape[:1] if batch else ()
+        for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):
+            if leaf.shape != (lead + x.shape if batch else x.shape) or batch and leaf.numel() == 0 < x.numel():
+                raise InputError(
+                    f"{self.op}: {self._leaf(i, name)} has shape {tuple(leaf.shape)}, {self._leaf(i)} has shape "
+                    f"{tuple(x.shape)}; pass "
+                    f"{'directions stacked on one leading axis, each' if batch else 'a direction'} "
+                    f"shaped like {self.name}"
+                )
+            if leaf.dtype != x.dtype:
+                raise KindError(
+                    f"{self.op}: {self._leaf(i, name)} has dtype {leaf.dtype}, {self._leaf(i)} has dtype "
+                    f"{x.dtype}; convert the direction with .to"
+                )
+        return leaves
+
+    def _matched(self, v: Any, name: str) -> list[Any]:
+        """The leaves of `v` in the order of this tree, where the quick comparison of structures failed."""
+        x = unflatten(self.spec, self.all)
+        if type(v) is dict and type(x) is dict and set(v) == set(x):
+            v = {key: v[key] for key in x}
+        (leaves, given), needed = pytree.tree_flatten(v), pytree.tree_structure(x)
+        if given != needed:
+            raise InputError(
+                f"{self.op}: {name} has the structure {given}, {self.name} has {needed}; "
+                f"pass a direction with the structure of {self.name}"
+            )
+        return leaves
+
+    def _leaf(self, i: int, name: str | None = None) -> str:
+        paths = pytree.tree_flatten_with_path(unflatten(self.spec, self.all))[0]
+        return (name or self.name) + pytree.keystr(paths[i][0])
+
+    def read(self, v: Any, name: str = "v", batch: bool = False) -> tuple[Leaves, Callable[..., Any]]:
+        """The leaves of a direction given as a tree or as a flat vector, and how to shape a result alike."""
+        vector = isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim == 1 + batch and v.shape[-1] == self.size
+        if vector and not (self.spec is LEAF and self.shapes == [(self.size,)]):
+            return self.split(as_tensor(v)), Tree.ravel
+        return self.direction(v, name, batch), Tree.like
+
+    def ravel(self, leaves: Leaves) -> Any:
+        """One flat vector (behind any leading axis) from leaves."""
+        lead = leaves[0].shape[: leaves[0].ndim - self.leaves[0].ndim]
+        return torch.cat([leaf.reshape(*lead, -1) for leaf in leaves], dim=-1)
+
+    def split(self, flat: Any) -> Leaves:
+        """Leaves from one flat vector (behind any leading axis)."""
+        parts = torch.split(flat, self.sizes, dim=-1)
+        return [
+            part.reshape(flat.shape[:-1] + x.shape).to(x) for part, x in zip(parts, self.leaves, strict=True)
+        ]
+
+    def basis(self, start: int, stop: int) -> Leaves:
+        """The unit directions number `start` to `stop`, stacked."""
+        rows = torch.zeros(stop - start, self.size, dtype=self.dtype, device=self.leaves[0].device)
+        rows.diagonal(start).fill_(1)
+        return self.split(rows)
+
+    def stack(self, rows: Sequence[Any]) -> Any:
+        """Batches of rows as one array."""
+        return rows[0] if len(rows) == 1 else torch.cat(list(rows))
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The numpy dtype of the flat vector; float32 stands in for what numpy lacks (bfloat16)."""
+        return np.dtype(str(self.dtype).removeprefix("torch.").replace("bfloat16", "float32"))
+
+    def from_numpy(self, flat: np.ndarray) -> Any:
+        return torch.as_tensor(flat, dtype=self.dtype, device=self.leaves[0].device)
+
+    def to_numpy(self, flat: Any) -> np.ndarray:
+        return flat.detach().cpu().to(getattr(torch, str(self.numpy_dtype))).numpy()
+
+    def memory(self) -> int | None:
+        """Bytes of memory of an accelerator that holds the leaves; None for the host."""
+        device = self.leaves[0].device
+        return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def nested(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
+    """A tree of trees from a matrix given as stacked rows: one tensor (rows.size, *shape) a column leaf."""
+    blocks = [torch.split(leaf, rows.sizes) for leaf in stacked]
+    return rows.like(
+        [
+            columns.like([block[i].reshape(shape + tuple(block[i].shape[1:])) for block in blocks])
+            for i, shape in enumerate(rows.shapes)
+        ]
+    )
+
+
+def nested_columns(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
+    """A tree of trees from a matrix given as stacked columns: one array (columns.size, *shape) a row leaf."""
+    blocks = [torch.split(leaf, columns.sizes) for leaf in stacked]
+    return rows.like(
+        [
+            columns.like(
+                [
+                    part.reshape(size, -1).T.reshape(row + column)
+                    for part, size, column in zip(block, columns.sizes, columns.shapes, strict=True)
+                ]
+            )
+            for block, row in zip(blocks, rows.shapes, strict=True)
+        ]
+    )
+
+
+def scalar_function(op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool) -> Function:
+    """`f(x, *args)` as `leaves -> ([value], aux)`; a value that is not one float is refused."""
+    outputs_of = tree_function(op, f, x, args, has_aux)[0]
+
+    def function(leaves: Leaves) -> tuple[Leaves, Any]:
+        outputs, aux = outputs_of(leaves)
+        if len(outputs) != 1 or outputs[0].ndim != 0:
+            given = " and ".join(str(tuple(y.shape)) for y in outputs)
+            raise InputError(
+                f"{op}: f must return one scalar, it returned shape {given}; sum it, "
+                "or use jacobian for a function with many outputs"
+            )
+        return outputs, aux
+
+    return function
+
+
+def tree_function(
+    op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool
+) -> tuple[Function, Callable[[], Tree]]:
+    """`f(x, *args)` as `leaves -> (output leaves, aux)`, and the output's tree once it has run."""
+    args = [pytree.tree_map(as_tensor, arg) if type(arg) not in _LEAF_TYPES else as_tensor(arg) for arg in args]
+    trees: list[Tree] = []
+
+    def function(leaves: Leaves) -> tuple[Leaves, Any]:
+        y, aux = f(x.put(leaves), *args), None
+        if has_aux:
+            y, aux = split_aux(op, y)
+        trees[:] = [Tree(op, "f's output", y)]
+        refuse_constants(op, trees[0])
+        return trees[0].leaves, aux
+
+    return function, lambda: trees[0]
+
+
+def split_aux(op: str, y: Any) -> tuple[Any, Any]:
+    if not isinstance(y, tuple) or len(y) != 2:
+        raise KindError(f"{op}: with has_aux=True f must return (value, aux), it returned {type(y).__name__}")
+    return y
+
+
+def refuse_constants(op: str, y: Tree) -> None:
+    if len(y.leaves) < len(y.all):
+        raise KindError(
+            f"{op}: f must return float arrays alone; "
+            "return anything else as aux: (value, aux), with has_aux=True"
+        )
+
+
+# The three shapes of tree that nearly every call has (a tensor; a flat dict, list or tuple of them) are
+# taken apart here: torch's pytree needs 7 microseconds for ten leaves, this needs one.
+LEAF = "*"
+_LEAF_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray, float, int, bool, type(None)})
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure of a tree; `unflatten(structure, leaves)` gives it back."""
+    kind = type(tree)
+    if kind in _LEAF_TYPES:
+        return [tree], LEAF
+    if kind is dict:
+        leaves, spec = list(tree.values()), (dict, tuple(tree))
+    elif kind is tuple or kind is list:
+        leaves, spec = list(tree), (kind, len(tree))
+    else:
+        return pytree.tree_flatten(tree)
+    if all(type(leaf) in _LEAF_TYPES for leaf in leaves):
+        return leaves, spec
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(spec: Any, leaves: Sequence[Any]) -> Any:
+    """The tree of this structure with these leaves."""
+    if spec is LEAF:
+        return leaves[0]
+    if isinstance(spec, tuple):
+        kind, keys = spec
+        return dict(zip(keys, leaves, strict=True)) if kind is dict else kind(leaves)
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def as_tensor(leaf: Any) -> Any:
+    """numpy arrays as tensors that share their memory; everything else as it stands."""
+    return torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _is_complex(leaf: Any) -> bool:
+    return isinstance(leaf, complex) or isinstance(leaf, torch.Tensor) and leaf.is_complex()
