@@ -1,1 +1,59 @@
-"""Higher-order derivatives, one vocabulary on JAX and PyTorch."""
+"""Higher-order derivatives, one vocabulary on JAX and PyTorch.
+
+Differentiate with respect to the first argument after `f`; everything after it is data:
+
+    hvp(f, x, v, *args)                 (∇²ₓ f(x, *args)) v
+    hessian(f, x, *args)                ∇²ₓ f
+    hessian_diagonal(f, x, *args)       its diagonal
+    hessian_operator(f, x, *args)       H @ v, H.matmat(V), H.dense(), H.to_scipy()
+    ggn_vp(model, loss, x, v, *args)    Jᵀ (∇² loss) J v
+    ggn_operator(model, loss, x, *args)
+    jacobian(f, x, *args)               ∂f/∂x
+    jacobian_operator(f, x, *args)      J @ v, J.T @ u
+    functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
+
+The framework is that of the arguments; `gradlab.jax` and `gradlab.torch` hold the same names bound
+to one framework. `gradlab.check` proves a derivative right on your own function, `gradlab.bench`
+measures what it costs. Importing gradlab imports neither framework.
+"""
+
+from gradlab._errors import (
+    BackendError,
+    GradlabError,
+    InputError,
+    KindError,
+    StrategyError,
+    TooLargeError,
+)
+from gradlab.transforms.hessians import (
+    ggn_operator,
+    ggn_vp,
+    hessian,
+    hessian_diagonal,
+    hessian_operator,
+    hvp,
+)
+from gradlab.transforms.jacobians import jacobian, jacobian_operator
+from gradlab.transforms.models import functional
+from gradlab.transforms.operators import LinearOperator
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "GradlabError",
+    "InputError",
+    "KindError",
+    "LinearOperator",
+    "StrategyError",
+    "TooLargeError",
+    "functional",
+    "ggn_operator",
+    "ggn_vp",
+    "hessian",
+    "hessian_diagonal",
+    "hessian_operator",
+    "hvp",
+    "jacobian",
+    "jacobian_operator",
+]

@@ -109,7 +109,7 @@ def ggn_vp(
     vs = tree.direction(v)
     function, output = tree_function("ggn_vp", model, tree, args, has_aux)
     line = linearise(function, tree.leaves)
-    slope = gradient_of(scalar_function("ggn_vp", loss, output(), (), False))
+    slope = gradient_of(scalar_function("ggn_vp", loss, output(line.outputs), (), False))
     _, curved, _ = jax.jvp(slope, (list(line.outputs),), (line.push(vs),), has_aux=True)
     product = tree.like(line.pull(curved))
     return (product, line.aux) if has_aux else product
@@ -129,7 +129,7 @@ def ggn_operator(
     function, output = tree_function("ggn_operator", model, tree, args, has_aux)
     line = linearise(function, tree.leaves)
     curvature = linearise(
-        scalar_function("ggn_operator", loss, output(), (), False), line.outputs, gradient=True
+        scalar_function("ggn_operator", loss, output(line.outputs), (), False), line.outputs, gradient=True
     )
     apply = lambda vs: line.pull(curvature.push(line.push(vs)))
     return _symmetric(tree, apply, chunk_size, line.aux)

@@ -130,7 +130,7 @@ def ggn_vp(
     function, output = tree_function("ggn_vp", model, tree, args, has_aux)
     line, Jv = linearise_along(function, tree.leaves, model, vs)
     curvature = linearise(
-        scalar_function("ggn_vp", loss, output(), (), False), line.outputs, loss, gradient=True
+        scalar_function("ggn_vp", loss, output(line.outputs), (), False), line.outputs, loss, gradient=True
     )
     product = tree.like(line.pull(curvature.pull(Jv, last=True), last=True))
     return (product, line.aux) if has_aux else product
@@ -150,7 +150,7 @@ def ggn_operator(
     function, output = tree_function("ggn_operator", model, tree, args, has_aux)
     line = linearise(function, tree.leaves, model)
     curvature = linearise(
-        scalar_function("ggn_operator", loss, output(), (), False), line.outputs, loss, gradient=True
+        scalar_function("ggn_operator", loss, output(line.outputs), (), False), line.outputs, loss, gradient=True
     )
 
     def apply(vs: Any, many: bool = False) -> Any:

@@ -27,7 +27,7 @@ def jacobian(
     tree = Tree("jacobian", "x", x)
     function, output = tree_function("jacobian", f, tree, args, has_aux)
     line = linearise(function, tree.leaves)
-    y = output()
+    y = output(line.outputs)
     check_fits("jacobian", (y.size, tree.size), tree)
     traced = is_traced(line.outputs)
     if mode == "forward" or mode == "auto" and tree.size < y.size:
@@ -47,7 +47,7 @@ def jacobian_operator(
     tree = Tree("jacobian_operator", "x", x)
     function, output = tree_function("jacobian_operator", f, tree, args, has_aux)
     line = linearise(function, tree.leaves)
-    y = output()
+    y = output(line.outputs)
     push = jax.jit(lambda V, chunk: in_chunks(line.push, V, chunk), static_argnums=1)
     pull = jax.jit(lambda U, chunk: in_chunks(line.pull, U, chunk), static_argnums=1)
     kept = {"chunk_size": chunk_size, "aux": line.aux}

@@ -25,7 +25,7 @@ def jacobian(
     tree = Tree("jacobian", "x", x)
     function, output = tree_function("jacobian", f, tree, args, has_aux)
     line = linearise(function, tree.leaves, f)
-    y = output()
+    y = output(line.outputs)
     check_fits("jacobian", (y.size, tree.size), tree)
     if mode == "forward" or mode == "auto" and tree.size < y.size:
         columns = [part for _, part in over_basis(tree, line.push, chunk_size)]
@@ -44,7 +44,7 @@ def jacobian_operator(
     tree = Tree("jacobian_operator", "x", x)
     function, output = tree_function("jacobian_operator", f, tree, args, has_aux)
     line = linearise(function, tree.leaves, f)
-    y = output()
+    y = output(line.outputs)
     kept = {"chunk_size": chunk_size, "aux": line.aux}
     J = LinearOperator(
         tree, y, line.push, lambda V, chunk: in_chunks(line.push, V, chunk), lambda: transposed, **kept

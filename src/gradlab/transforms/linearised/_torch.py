@@ -142,7 +142,7 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
         if gradient:
             outputs = _backward(outputs, xs, None, create_graph=True)
 
-    if not attached:
+    if not attached and aux is not None:
         aux = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
 
     def linear(ys: Leaves, xs: Leaves) -> Callable[..., Leaves]:
@@ -156,7 +156,7 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
         us = [u.requires_grad_() for u in us]
         return linear(_backward(outputs, xs, us, create_graph=True), us)
 
-    shown = outputs if attached else [y.detach() for y in outputs]
+    shown = outputs if attached or gradient else [y.detach() for y in outputs]
     return Linearised(shown, aux, linear(outputs, xs), transpose, attached)
 
 
@@ -164,15 +164,15 @@ def _backward(
     outputs: Leaves, xs: Leaves, us: Leaves | None, many: bool = False, **options: bool
 ) -> list[Any]:
     """torch.autograd.grad with zeros for what does not depend on xs; stacked cotangents if `many`."""
-    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
-    grads: Sequence[Any] = [None] * len(xs)
-    if kept:
-        cotangents = None if us is None else [us[i] for i in kept]
-        grads = torch.autograd.grad(
-            [outputs[i] for i in kept], xs, cotangents, allow_unused=True, is_grads_batched=many, **options
-        )
     lead = us[0].shape[:1] if us is not None and many else ()
-    return [x.new_zeros(lead + x.shape) if g is None else g for g, x in zip(grads, xs, strict=True)]
+    if not all(y.requires_grad for y in outputs):  # constant outputs have no graph
+        kept = [i for i, y in enumerate(outputs) if y.requires_grad]
+        outputs = [outputs[i] for i in kept]
+        us = None if us is None else [us[i] for i in kept]
+        if not kept:
+            return [x.new_zeros(*lead, *x.shape) for x in xs]
+    grads = torch.autograd.grad(outputs, xs, us, allow_unused=True, is_grads_batched=many, **options)
+    return [x.new_zeros(*lead, *x.shape) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
 
 # What the first call of a function taught: the repairs that its operations need.
@@ -228,19 +228,17 @@ def _remember(user: Any, level: Level) -> None:
 
 def _survey(outputs: Leaves, xs: Leaves) -> tuple[bool, set[str]]:
     """Whether the graph of `outputs` has leaves other than `xs`, and the names of its operations."""
-    own = {id(x) for x in xs}
     stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(stack)
-    names: set[str] = set()
-    attached = False
+    seen, ends = set(stack), []
     while stack:
         node = stack.pop()
-        name = type(node).__name__
-        names.add(name)
-        if name == "AccumulateGrad":
-            attached = attached or id(node.variable) not in own
-        for after, _ in node.next_functions:
-            if after is not None and after not in seen:
-                seen.add(after)
-                stack.append(after)
-    return attached, names
+        before = node.next_functions
+        if not before:
+            ends.append(node)
+        for other, _ in before:
+            if other is not None and other not in seen:
+                seen.add(other)
+                stack.append(other)
+    own = {id(x) for x in xs}
+    attached = any(id(getattr(node, "variable", xs[0])) not in own for node in ends)
+    return attached, {kind.__name__ for kind in set(map(type, seen))}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
-
-import numpy as np
-from scipy.sparse.linalg import LinearOperator as ScipyOperator
+from typing import TYPE_CHECKING, Any
 
 from gradlab._errors import InputError, TooLargeError
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
 __all__ = ["LinearOperator"]
 
@@ -101,6 +101,8 @@ class LinearOperator:
 
         SciPy's convention holds there: `matmat` takes and gives columns, shape (n, k).
         """
+        import numpy as np  # here: `import gradlab` stays below 0.1 s without either
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
         def product(op: LinearOperator, v: Any) -> Any:
             flat = op._domain.from_numpy(np.asarray(v).reshape(-1))

@@ -160,7 +160,7 @@ def nested_columns(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
 
 def scalar_function(op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool) -> Function:
     """`f(x, *args)` as `leaves -> ([value], aux)`; a value that is not one float is refused."""
-    outputs_of = tree_function(op, f, x, args, has_aux)[0]
+    outputs_of, _ = tree_function(op, f, x, args, has_aux)
 
     def function(leaves: Leaves) -> tuple[Leaves, Any]:
         outputs, aux = outputs_of(leaves)
@@ -177,19 +177,19 @@ def scalar_function(op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux:
 
 def tree_function(
     op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool
-) -> tuple[Function, Callable[[], Tree]]:
-    """`f(x, *args)` as `leaves -> (output leaves, aux)`, and the output's tree once it has run."""
-    trees: list[Tree] = []
+) -> tuple[Function, Callable[[Leaves], Tree]]:
+    """`f(x, *args)` as `leaves -> (output leaves, aux)`, and the tree of such leaves once it has run."""
+    latest: list[Tree] = []
 
     def function(leaves: Leaves) -> tuple[Leaves, Any]:
         y, aux = f(x.put(leaves), *args), None
         if has_aux:
             y, aux = split_aux(op, y)
-        trees[:] = [Tree(op, "f's output", y)]
-        refuse_constants(op, trees[0])
-        return trees[0].leaves, aux
+        latest[:] = [Tree(op, "f's output", y)]
+        refuse_constants(op, latest[0])
+        return latest[0].leaves, aux
 
-    return function, lambda: trees[0]
+    return function, lambda outputs: Tree(op, "f's output", latest[0].put(outputs))
 
 
 def split_aux(op: str, y: Any) -> tuple[Any, Any]:

@@ -19,14 +19,24 @@ class Tree:
 
     def __init__(self, op: str, name: str, tree: Any):
         leaves, self.spec = flatten(tree)
+        self.op, self.name = op, name
+        if leaves and all(type(leaf) is torch.Tensor and leaf.is_floating_point() for leaf in leaves):
+            self.all = self.leaves = leaves
+            self.places: Sequence[int] = range(len(leaves))
+        else:
+            self._choose(leaves)
+
+    def _choose(self, leaves: list[Any]) -> None:
+        """Pick the float tensors among leaves of any kind."""
+        op, name = self.op, self.name
         if not leaves:
             raise InputError(f"{op}: {name} is an empty tree; pass at least one float tensor")
         if not any(isinstance(leaf, (torch.Tensor, np.ndarray)) for leaf in leaves):
             leaves = [torch.as_tensor(leaf) if isinstance(leaf, float) else leaf for leaf in leaves]
-        self.op, self.name, self.all = op, name, [as_tensor(leaf) for leaf in leaves]
+        self.all = [as_tensor(leaf) for leaf in leaves]
         self.places = [i for i, leaf in enumerate(self.all) if _is_float(leaf)]
         self.leaves: Leaves = [self.all[i] for i in self.places]
-        if len(self.leaves) < len(leaves) and any(_is_complex(leaf) for leaf in leaves):
+        if any(_is_complex(leaf) for leaf in self.all):
             raise KindError(f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts")
         if not self.leaves:
             kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
@@ -72,9 +82,16 @@ class Tree:
         leaves, spec = flatten(v)
         if spec != self.spec:
             leaves = self._matched(v, name)
+        if len(leaves) > len(self.leaves):
+            leaves = [leaves[i] for i in self.places]
+        if not batch and all(
+            type(leaf) is torch.Tensor and leaf.shape == x.shape and leaf.dtype is x.dtype
+            for leaf, x in zip(leaves, self.leaves, strict=True)
+        ):
+            return leaves
         leaves = [
             leaf if isinstance(leaf, torch.Tensor) else torch.as_tensor(leaf, dtype=x.dtype, device=x.device)
-            for leaf, x in zip([leaves[i] for i in self.places], self.leaves, strict=True)
+            for leaf, x in zip(leaves, self.leaves, strict=True)
         ]
         lead = leaves[0].shape[:1] if batch else ()
         for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):
@@ -184,7 +201,7 @@ def nested_columns(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
 
 def scalar_function(op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool) -> Function:
     """`f(x, *args)` as `leaves -> ([value], aux)`; a value that is not one float is refused."""
-    outputs_of = tree_function(op, f, x, args, has_aux)[0]
+    outputs_of, _ = tree_function(op, f, x, args, has_aux)
 
     def function(leaves: Leaves) -> tuple[Leaves, Any]:
         outputs, aux = outputs_of(leaves)
@@ -201,20 +218,20 @@ def scalar_function(op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux:
 
 def tree_function(
     op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool
-) -> tuple[Function, Callable[[], Tree]]:
-    """`f(x, *args)` as `leaves -> (output leaves, aux)`, and the output's tree once it has run."""
+) -> tuple[Function, Callable[[Leaves], Tree]]:
+    """`f(x, *args)` as `leaves -> (output leaves, aux)`, and the tree of such leaves once it has run."""
     args = [pytree.tree_map(as_tensor, arg) if type(arg) not in _LEAF_TYPES else as_tensor(arg) for arg in args]
-    trees: list[Tree] = []
+    latest: list[Tree] = []
 
     def function(leaves: Leaves) -> tuple[Leaves, Any]:
         y, aux = f(x.put(leaves), *args), None
         if has_aux:
             y, aux = split_aux(op, y)
-        trees[:] = [Tree(op, "f's output", y)]
-        refuse_constants(op, trees[0])
-        return trees[0].leaves, aux
+        latest[:] = [Tree(op, "f's output", y)]
+        refuse_constants(op, latest[0])
+        return latest[0].leaves, aux
 
-    return function, lambda: trees[0]
+    return function, lambda outputs: Tree(op, "f's output", latest[0].put(outputs))
 
 
 def split_aux(op: str, y: Any) -> tuple[Any, Any]:

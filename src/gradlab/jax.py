@@ -1,0 +1,24 @@
+"""gradlab's operations bound to jax: jax arrays, equinox modules, and numpy arrays and Python numbers too."""
+
+from gradlab.transforms.hessians._jax import (
+    ggn_operator,
+    ggn_vp,
+    hessian,
+    hessian_diagonal,
+    hessian_operator,
+    hvp,
+)
+from gradlab.transforms.jacobians._jax import jacobian, jacobian_operator
+from gradlab.transforms.models._jax import functional
+
+__all__ = [
+    "functional",
+    "ggn_operator",
+    "ggn_vp",
+    "hessian",
+    "hessian_diagonal",
+    "hessian_operator",
+    "hvp",
+    "jacobian",
+    "jacobian_operator",
+]

@@ -1,0 +1,24 @@
+"""gradlab's operations bound to torch: torch tensors, torch.nn modules, and numpy arrays and Python numbers too."""
+
+from gradlab.transforms.hessians._torch import (
+    ggn_operator,
+    ggn_vp,
+    hessian,
+    hessian_diagonal,
+    hessian_operator,
+    hvp,
+)
+from gradlab.transforms.jacobians._torch import jacobian, jacobian_operator
+from gradlab.transforms.models._torch import functional
+
+__all__ = [
+    "functional",
+    "ggn_operator",
+    "ggn_vp",
+    "hessian",
+    "hessian_diagonal",
+    "hessian_operator",
+    "hvp",
+    "jacobian",
+    "jacobian_operator",
+]
