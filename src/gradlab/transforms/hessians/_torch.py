@@ -11,6 +11,7 @@ from gradlab.transforms.linearised._torch import (
     in_chunks,
     linearise,
     linearise_along,
+    materialised,
     over_basis,
     tensors_only,
 )
@@ -52,7 +53,7 @@ def _by_forward(function: Any, leaves: Any, vs: Any, strategy: str) -> tuple[Any
             return torch.func.jvp(value, (xs,), (vs,), has_aux=True)[1:]
 
         product, aux = torch.func.grad(directional, has_aux=True)(leaves)
-    return product, restore(aux)
+    return [materialised(leaf) for leaf in product], restore(aux)
 
 
 def _first(result: Any) -> Any:

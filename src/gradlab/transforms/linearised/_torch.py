@@ -64,7 +64,7 @@ def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple
     def along(xs: Leaves) -> tuple[Leaves, Any]:
         outputs, aux = f([forward_ad.make_dual(x, v) for x, v in zip(xs, vs, strict=True)])
         pairs = [forward_ad.unpack_dual(y) for y in outputs]
-        tangents[:] = [torch.zeros_like(y) if t is None else t.detach() for y, t in pairs]
+        tangents[:] = [torch.zeros_like(y) if t is None else materialised(t.detach()) for y, t in pairs]
         return [y for y, _ in pairs], aux
 
     if not transforming() and not any(t.requires_grad for t in (*leaves, *vs)):
@@ -77,6 +77,12 @@ def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple
             pass
     line = linearise(f, leaves, user)
     return line, line.push(vs)
+
+
+def materialised(tensor: Any) -> Any:
+    """Forward mode's symbolic zero as a tensor of zeros, which numpy and in-place operations can take."""
+    zero = tensor._is_zerotensor()
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if zero else tensor
 
 
 def over_basis(tree: Any, apply: Callable[..., Leaves], chunk_size: int | None) -> Iterator[tuple[int, Leaves]]:
