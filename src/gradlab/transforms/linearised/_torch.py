@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from gradlab.transforms.operators import DIRECTIONS
 from gradlab.transforms.repairs._torch import (
-    WITHOUT_SECOND,
-    WRONG_BEYOND_SECOND,
+    FAULTY_AT_SECOND,
+    FAULTY_BEYOND_SECOND,
     Level,
     Repair,
     repaired,
@@ -38,10 +37,12 @@ class Linearised:
     pull: Callable[..., Leaves]
     transpose: Callable[[Leaves], Callable[..., Leaves]]
     attached: bool  # whether the results can be differentiated again
+    transposed: Callable[..., Leaves] | None = None  # made at the first push
 
-    @cached_property
-    def push(self) -> Callable[..., Leaves]:
-        return self.transpose([torch.zeros_like(y) for y in self.outputs])
+    def push(self, vs: Leaves, many: bool = False) -> Leaves:
+        if self.transposed is None:
+            self.transposed = self.transpose([torch.zeros_like(y) for y in self.outputs])
+        return self.transposed(vs, many)
 
 
 def linearise(f: Function, leaves: Leaves, user: Any, *, gradient: bool = False) -> Linearised:
@@ -144,7 +145,7 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
     grad_mode = torch.is_grad_enabled()
     with torch.enable_grad():
         xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
-        outputs, aux, attached = _recorded(f, xs, user, gradient, grad_mode)
+        outputs, aux, attached = _recorded(f, xs, user, grad_mode)
         if gradient:
             outputs = _backward(outputs, xs, None, create_graph=True)
 
@@ -154,7 +155,7 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
     def linear(ys: Leaves, xs: Leaves) -> Callable[..., Leaves]:
         def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
             again = torch.is_grad_enabled() and (attached or any(u.requires_grad for u in us))
-            return _backward(ys, xs, us, many, retain_graph=not last, create_graph=again)
+            return _backward(ys, xs, us, many, retain_graph=again or not last, create_graph=again)
 
         return apply
 
@@ -177,7 +178,13 @@ def _backward(
         us = None if us is None else [us[i] for i in kept]
         if not kept:
             return [x.new_zeros(*lead, *x.shape) for x in xs]
-    grads = torch.autograd.grad(outputs, xs, us, allow_unused=True, is_grads_batched=many, **options)
+    try:
+        grads = torch.autograd.grad(outputs, xs, us, allow_unused=True, is_grads_batched=many, **options)
+    except RuntimeError:  # an operation (eigh, svd, unfold, ...) whose derivative torch cannot batch
+        if us is None or not many:
+            raise
+        rows = [_backward(outputs, xs, row, **options) for row in zip(*us, strict=True)]
+        return [torch.stack(leaf) for leaf in zip(*rows, strict=True)]
     return [x.new_zeros(*lead, *x.shape) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
 
@@ -185,22 +192,20 @@ def _backward(
 _learned: WeakKeyDictionary[Any, Level] = WeakKeyDictionary()
 
 
-def _recorded(
-    f: Function, xs: Leaves, user: Any, gradient: bool, grad_mode: bool
-) -> tuple[Leaves, Any, bool]:
+def _recorded(f: Function, xs: Leaves, user: Any, grad_mode: bool) -> tuple[Leaves, Any, bool]:
     """Run `f` with the repairs it needs, and say whether its graph reaches tensors other than `xs`.
 
-    Such a result can be differentiated again, which the faulty operations do not survive; then, and
-    where an operation has no second derivative, `f` runs again in repaired form.
+    Such a result can be differentiated again, which some faulty operations do not survive; then, and
+    where an operation is faulty at second order already, `f` runs again in repaired form.
     """
     level = _learned_level(user)
     met, (outputs, aux) = _run(f, xs, level)
     attached, names = _survey(outputs, xs)
     attached = attached and grad_mode
     needed = level
-    if attached and not names.isdisjoint(WRONG_BEYOND_SECOND):
+    if attached and not names.isdisjoint(FAULTY_BEYOND_SECOND):
         needed = Level.ALL
-    elif gradient and not names.isdisjoint(WITHOUT_SECOND):
+    elif not names.isdisjoint(FAULTY_AT_SECOND):
         needed = Level.TRANSFORMS
     elif level is Level.TRANSFORMS and not met:
         _remember(user, Level.NONE)

@@ -62,7 +62,13 @@ class LinearOperator:
         return self._transposed()
 
     def __matmul__(self, v: Any) -> Any:
-        """The product with one direction: a tree like the domain, or a flat vector of length n."""
+        return self.matvec(v)
+
+    def matvec(self, v: Any) -> Any:
+        """The product with one direction, `op @ v`: a tree like the domain, or a flat vector of length n.
+
+        Under torch.compile write `op.matvec(v)`: torch traces `@` for its own tensors alone.
+        """
         leaves, shaped = self._domain.read(v)
         return shaped(self._codomain, self._apply(leaves))
 
@@ -130,11 +136,14 @@ class LinearOperator:
 # Directions at once where the caller set no chunk_size (measured: docs/decisions.md).
 DIRECTIONS = 256
 
+# Bytes of memory of this machine; 2^63 where the system does not say.
+HOST_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**63
+
 
 def check_fits(op: str, shape: tuple[int, int], tree: Any) -> None:
     """Refuse, before any work, a dense matrix larger than the memory of the device."""
     size = shape[0] * shape[1] * tree.dtype.itemsize
-    memory = tree.memory() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = tree.memory() or HOST_MEMORY
     if size > memory:
         raise TooLargeError(
             f"{op}: the dense {shape[0]} x {shape[1]} matrix needs {size / 2**30:.1f} GiB, the device has "

@@ -169,7 +169,9 @@ class Tree:
     def memory(self) -> int | None:
         """Bytes of memory of an accelerator that holds the leaves; None for the host."""
         device = self.leaves[0].device
-        return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            return None
+        return torch.cuda.get_device_properties(device).total_memory
 
 
 def nested(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
