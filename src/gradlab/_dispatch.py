@@ -2,8 +2,8 @@
 
 A contract is a signature and a docstring; `operation` turns it into the function that looks at
 its arguments, finds the framework they belong to, and calls the implementation of the same name
-in `_jax.py` or `_torch.py` beside the contract. Nothing is imported until a framework's own
-array has been seen, so `import gradlab` stays free of both.
+from `gradlab.jax` or `gradlab.torch`. Nothing is imported until a framework's own array has been
+seen, so `import gradlab` stays free of both.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ Contract = TypeVar("Contract", bound=Callable[..., Any])
 
 def operation(contract: Contract) -> Contract:
     """Make the public function of a contract: the same call, sent to the framework of its arguments."""
-    name, package = contract.__name__, contract.__module__
-    implementations: dict[str, Callable[..., Any]] = {}
+    name = contract.__name__
 
     @wraps(contract)
     def dispatched(*args: Any, **options: Any) -> Any:
-        backend = framework_of(name, args)
-        implementation = implementations.get(backend)
-        if implementation is None:
-            implementation = getattr(import_module(f"{package}._{backend}"), name)
-            implementations[backend] = implementation
-        return implementation(*args, **options)
+        # Import statements, not importlib: torch.compile traces these, in a cold process too.
+        if framework_of(name, args) == "torch":
+            import gradlab.torch as namespace
+        else:
+            import gradlab.jax as namespace  # type: ignore[no-redef]
+        return getattr(namespace, name)(*args, **options)
 
     return dispatched  # type: ignore[return-value]
 
