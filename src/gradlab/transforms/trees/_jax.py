@@ -68,18 +68,19 @@ class Tree:
         for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):
             if leaf.shape != lead + x.shape or leaf.size == 0 < x.size:
                 raise InputError(
-                    f"{self.op}: {self._leaf(i, name)} has shape {leaf.shape}, {self._leaf(i)} has shape "
+                    f"{self.op}: {self.leaf_name(i, name)} has shape {leaf.shape}, {self.leaf_name(i)} has shape "
                     f"{x.shape}; pass {'directions stacked on one leading axis, each' if batch else 'a direction'} "
                     f"shaped like {self.name}"
                 )
             if leaf.dtype != x.dtype:
                 raise KindError(
-                    f"{self.op}: {self._leaf(i, name)} has dtype {leaf.dtype}, {self._leaf(i)} has dtype "
+                    f"{self.op}: {self.leaf_name(i, name)} has dtype {leaf.dtype}, {self.leaf_name(i)} has dtype "
                     f"{x.dtype}; convert the direction with .astype"
                 )
         return leaves
 
-    def _leaf(self, i: int, name: str | None = None) -> str:
+    def leaf_name(self, i: int, name: str | None = None) -> str:
+        """The path of leaf i, as in x['w']."""
         paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(self.spec, self.all))[0]
         return (name or self.name) + jax.tree_util.keystr(paths[i][0])
 

@@ -97,14 +97,14 @@ class Tree:
         for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):
             if leaf.shape != (lead + x.shape if batch else x.shape) or batch and leaf.numel() == 0 < x.numel():
                 raise InputError(
-                    f"{self.op}: {self._leaf(i, name)} has shape {tuple(leaf.shape)}, {self._leaf(i)} has shape "
+                    f"{self.op}: {self.leaf_name(i, name)} has shape {tuple(leaf.shape)}, {self.leaf_name(i)} has shape "
                     f"{tuple(x.shape)}; pass "
                     f"{'directions stacked on one leading axis, each' if batch else 'a direction'} "
                     f"shaped like {self.name}"
                 )
             if leaf.dtype != x.dtype:
                 raise KindError(
-                    f"{self.op}: {self._leaf(i, name)} has dtype {leaf.dtype}, {self._leaf(i)} has dtype "
+                    f"{self.op}: {self.leaf_name(i, name)} has dtype {leaf.dtype}, {self.leaf_name(i)} has dtype "
                     f"{x.dtype}; convert the direction with .to"
                 )
         return leaves
@@ -122,7 +122,8 @@ class Tree:
             )
         return leaves
 
-    def _leaf(self, i: int, name: str | None = None) -> str:
+    def leaf_name(self, i: int, name: str | None = None) -> str:
+        """The path of leaf i, as in x['w']."""
         paths = pytree.tree_flatten_with_path(unflatten(self.spec, self.all))[0]
         return (name or self.name) + pytree.keystr(paths[i][0])
 
