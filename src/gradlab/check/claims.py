@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gradlab.check.differences import EPS, SECOND_STEPS, STEPS, Estimate, curvature, directional
+from gradlab.check.differences import EPS, SECOND_STEPS, STEPS, Estimate, curvature, directional, table_noise
 from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, UNSUPPORTED, Row
 
 Vector = np.ndarray
@@ -83,13 +83,13 @@ def _supported(name: str, claim: Callable[[Checked], Row], checked: Checked) -> 
 
 
 def _value(c: Checked) -> Row:
+    mutated = c.low.mutated()
+    if mutated:
+        return Row("value", FAILED, where=mutated, message=f"f changed its input {mutated} in place")
     once, again = c.low.value(c.x), c.low.value(c.x)
     if not np.array_equal(once, again, equal_nan=True):
         worst = float(np.abs(once - again).max())
         return Row("value", FAILED, worst, 0.0, message="two evaluations at the same point differ")
-    mutated = c.low.mutated()
-    if mutated:
-        return Row("value", FAILED, where=mutated, message=f"f changed its input {mutated} in place")
     if not np.isfinite(once).all():
         where = c.low.where_output(int(np.argmin(np.isfinite(once))))
         return Row("value", INCONCLUSIVE, where=where, message="the value is not finite")
@@ -214,7 +214,8 @@ def _judged(
         return _failed(claim, error, allowed, exact, estimate.value, where, "")
     if c.low is not c.high:
         low = derivative(c.low, c.x)
-        error, rounding = np.abs(low - exact), _arithmetic(derivative, c.low, c, exact)
+        error = np.abs(low - exact)
+        rounding = _arithmetic(derivative, c.low, c, exact) + FACTOR * _rounding(derivative, c)
         if not (error <= rounding).all():
             note = " (right in float64: imprecise, not wrong)"
             return _failed(claim, error, rounding, low, exact, where, note)
@@ -229,11 +230,19 @@ def _judged(
 
 
 def _arithmetic(derivative: Callable[[Any, Vector], Vector], s: Subject, c: Checked, exact: Vector) -> Vector:
-    """What rounding in the subject's own precision can do: the answer to one-ulp changes of the input."""
-    moves = [derivative(s, c.x * (1 + s.eps * c.rng.choice([-1.0, 1.0], size=s.n))) for _ in range(2)]
+    """What rounding in the subject's own precision can do: the answer to changes of the input by a few ulps."""
+    ulps = [c.rng.choice([-1.0, 1.0], size=s.n) * size for size in (1, 1, 2, 2, 3, 4)]
+    moves = [derivative(s, c.x * (1 + s.eps * ulp)) for ulp in ulps]
     here = derivative(s, c.x)
     spread = np.max([np.abs(moved - here) for moved in moves], axis=0)
     return FACTOR * spread + 100 * s.eps * np.abs(exact).max(initial=0.0) + np.finfo(np.float64).tiny
+
+
+def _rounding(derivative: Callable[[Any, Vector], Vector], c: Checked) -> Vector:
+    """The noise of the low precision: how its distance from float64 scatters over neighbouring points."""
+    signs = c.rng.choice([-1.0, 1.0], size=c.x.size)
+    points = [c.x * (1 + i * 2.0**-12 * signs) for i in range(1, 9)]
+    return table_noise(np.stack([derivative(c.low, z) - derivative(c.high, z) for z in points]))
 
 
 def _failed(

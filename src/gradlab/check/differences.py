@@ -91,11 +91,12 @@ def _noise(g: Function, x: np.ndarray, v: np.ndarray, centre: np.ndarray) -> np.
 
     Eight values on either side; the smaller answer, so that a kink beside x does not pass for noise.
     """
-    sides = [_table_noise(np.stack([g(x + side * i * NOISE_SPACING * v) for i in range(1, 9)])) for side in (-1, 1)]
+    sides = [table_noise(np.stack([g(x + side * i * NOISE_SPACING * v) for i in range(1, 9)])) for side in (-1, 1)]
     return np.maximum(np.minimum(*sides), EPS * np.abs(centre))
 
 
-def _table_noise(table: np.ndarray) -> np.ndarray:
+def table_noise(table: np.ndarray) -> np.ndarray:
+    """Standard deviation of the rounding in values at equal spacing: what high differences leave."""
     levels, factor = [], 1.0
     for k in range(1, 7):
         table = np.diff(table, axis=0)
