@@ -1,0 +1,10 @@
+"""Measure what a derivative costs: clock, memory, records, and the problems they are measured on.
+
+Neutral modules here; `_jax.py` and `_torch.py` hold each framework's side. Importing this package
+imports neither framework.
+"""
+
+from gradlab.bench.clock import Timing, interleave, ratio
+from gradlab.bench.record import append, environment
+
+__all__ = ["Timing", "append", "environment", "interleave", "ratio"]

@@ -1,0 +1,246 @@
+"""Each operation in torch against the same thing written by hand, eager and compiled."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import gradlab
+import gradlab.torch as gl
+from gradlab.bench import _torch as functions
+from gradlab.bench.problems import MEASURED
+from gradlab.bench.suite import Case
+
+grad, jvp, vjp, vmap = torch.func.grad, torch.func.jvp, torch.func.vjp, torch.func.vmap
+
+
+class Setup:
+    """A problem on the device: its loss and model as functions of the parameters, and directions."""
+
+    def __init__(self, name: str, dtype: str, device: str):
+        problem = MEASURED[name]()
+        params, inputs, targets = functions.arrays((problem.params, problem.inputs, problem.targets), dtype, device)
+        loss, model = functions.loss(problem), functions.model(problem)
+        self.name, self.params, self.keys = name, params, list(params)
+        self.loss = lambda p: loss(p, inputs, targets)
+        self.model = lambda p: model(p, inputs)
+        self.outer = lambda y: functions.outer(y, targets)
+        self.flops = 0
+        draw = torch.Generator(device=device).manual_seed(0)
+        self.directions = lambda k: {
+            n: torch.randn(*k, *p.shape, generator=draw, dtype=p.dtype, device=device) for n, p in params.items()
+        }
+        self.v = self.directions(())
+
+    def hand(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """What a user must write around attention: its fused kernel has no second derivative."""
+        if "transformer" not in self.name:
+            return f
+
+        def math(*args: Any) -> Any:
+            with sdpa_kernel(SDPBackend.MATH):
+                return f(*args)
+
+        return math
+
+    def fresh(self) -> list[Any]:
+        return [p.detach().requires_grad_() for p in self.params.values()]
+
+    def named(self, leaves: Any) -> dict[str, Any]:
+        return dict(zip(self.keys, leaves, strict=True))
+
+
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of the whole function, or nothing on a CPU without a C++ compiler."""
+    return torch.compile(f, fullgraph=True)
+
+
+def cases(names: list[str], dtype: str, device: str, compile: bool) -> Iterator[Case]:
+    """Every case on every problem asked for."""
+    compile = compile and (device != "cpu" or shutil.which("g++") is not None)
+    for name in names:
+        torch._dynamo.reset()
+        s = Setup(name, dtype, device)
+        if name == "mlp_500":
+            yield from _dense(s)
+            yield from _jacobians(s)
+            continue
+        yield _hvp(s)
+        if compile:
+            yield _hvp_compiled(s)
+        yield _linearised(s)
+        for k in (8, 32):
+            if k == 8 or name != "transformer_128":
+                yield _many(s, k)
+                if compile and name != "transformer_128":
+                    yield _many_compiled(s, k)
+        yield _gauss_newton(s)
+
+
+def _gradient(s: Setup) -> Callable[[], Any]:
+    def gradient() -> Any:
+        xs = s.fresh()
+        return torch.autograd.grad(s.loss(s.named(xs)), xs)
+
+    return gradient
+
+
+def _double_backward(s: Setup) -> Callable[[], Any]:
+    loss = s.hand(s.loss)
+
+    def product() -> Any:
+        xs = s.fresh()
+        g = torch.autograd.grad(loss(s.named(xs)), xs, create_graph=True)
+        return s.named(torch.autograd.grad(g, xs, list(s.v.values())))
+
+    return product
+
+
+def _hvp(s: Setup) -> Case:
+    loss, keys = s.hand(s.loss), s.keys
+    leaves, tangents = tuple(s.params.values()), tuple(s.v.values())
+    by_leaves = lambda *xs: loss(dict(zip(keys, xs, strict=True)))
+    hand = {
+        "double backward": _double_backward(s),
+        "jvp(grad)": lambda: jvp(grad(loss), (s.params,), (s.v,))[1],
+        "vjp(grad)": lambda: vjp(grad(loss), s.params)[1](s.v)[0],
+        "functional.vhp": lambda: s.named(torch.autograd.functional.vhp(by_leaves, leaves, tangents)[1]),
+    }
+    return Case(s.name, "hvp", "eager", lambda: gradlab.hvp(s.loss, s.params, s.v), hand, _gradient(s))
+
+
+def _hvp_compiled(s: Setup) -> Case:
+    loss = s.hand(s.loss)
+    ours = compiled(lambda p, v: gl.hvp(s.loss, p, v))
+    reverse = compiled(lambda p, v: vjp(grad(loss), p)[1](v)[0])
+    forward = compiled(lambda p, v: jvp(grad(loss), (p,), (v,))[1])
+    gradient = compiled(lambda p: grad(loss)(p))
+    hand = {"vjp(grad)": lambda: reverse(s.params, s.v), "jvp(grad)": lambda: forward(s.params, s.v)}
+    case = Case(s.name, "hvp", "compiled", lambda: ours(s.params, s.v), hand, lambda: gradient(s.params))
+    case.trusted = _double_backward(s)
+    return case
+
+
+def _kept_graph(s: Setup) -> tuple[Any, Any]:
+    xs = s.fresh()
+    return xs, torch.autograd.grad(s.hand(s.loss)(s.named(xs)), xs, create_graph=True)
+
+
+def _linearised(s: Setup) -> Case:
+    H = gradlab.hessian_operator(s.loss, s.params)
+    xs, g = _kept_graph(s)
+    hand = {
+        "double backward, graph kept": lambda: s.named(
+            torch.autograd.grad(g, xs, list(s.v.values()), retain_graph=True)
+        )
+    }
+    return Case(s.name, "hessian_operator @ v", "eager", lambda: H @ s.v, hand, _gradient(s))
+
+
+def _many(s: Setup, k: int) -> Case:
+    loss, V = s.hand(s.loss), s.directions((k,))
+    H = gradlab.hessian_operator(s.loss, s.params)
+    xs, g = _kept_graph(s)
+    rows = [[t[i] for t in V.values()] for i in range(k)]
+    pullback = vjp(grad(loss), s.params)[1]
+
+    def loop() -> Any:
+        products = [torch.autograd.grad(g, xs, row, retain_graph=True) for row in rows]
+        return s.named([torch.stack(leaf) for leaf in zip(*products, strict=True)])
+
+    hand = {
+        "graph kept, loop": loop,
+        "graph kept, batched": lambda: s.named(
+            torch.autograd.grad(g, xs, list(V.values()), retain_graph=True, is_grads_batched=True)
+        ),
+        "vmap(vjp(grad))": lambda: vmap(lambda v: pullback(v)[0])(V),
+    }
+    return Case(s.name, f"matmat, {k} directions", "eager", lambda: H.matmat(V), hand, _gradient(s), units=k)
+
+
+def _many_compiled(s: Setup, k: int) -> Case:
+    loss, V = s.hand(s.loss), s.directions((k,))
+
+    def by_hand(p: Any, V: Any) -> Any:
+        pullback = vjp(grad(loss), p)[1]
+        return vmap(lambda v: pullback(v)[0])(V)
+
+    ours = compiled(lambda p, V: gl.hessian_operator(s.loss, p).matmat(V))
+    theirs = compiled(by_hand)
+    gradient = compiled(lambda p: grad(loss)(p))
+    hand = {"vmap(vjp(grad))": lambda: theirs(s.params, V)}
+    return Case(
+        s.name,
+        f"matmat, {k} directions",
+        "compiled",
+        lambda: ours(s.params, V),
+        hand,
+        lambda: gradient(s.params),
+        units=k,
+    )
+
+
+def _gauss_newton(s: Setup) -> Case:
+    model = s.hand(s.model)
+
+    def curved(y: Any, tangent: Any) -> Any:
+        y = y.detach().requires_grad_()
+        (g,) = torch.autograd.grad(s.outer(y), y, create_graph=True)
+        return torch.autograd.grad(g, y, tangent)[0]
+
+    def dual() -> Any:
+        xs = s.fresh()
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(x, v) for x, v in zip(xs, s.v.values(), strict=True)]
+            y, tangent = forward_ad.unpack_dual(model(s.named(duals)))
+        return s.named(torch.autograd.grad(y, xs, curved(y, tangent.detach())))
+
+    def transforms() -> Any:
+        y, tangent = jvp(model, (s.params,), (s.v,))
+        return vjp(model, s.params)[1](vjp(grad(s.outer), y)[1](tangent)[0])[0]
+
+    hand = {"dual numbers and backward": dual, "jvp, vjp": transforms}
+    return Case(
+        s.name, "ggn_vp", "eager", lambda: gradlab.ggn_vp(s.model, s.outer, s.params, s.v), hand, _gradient(s)
+    )
+
+
+def _dense(s: Setup) -> Iterator[Case]:
+    shapes = [p.shape for p in s.params.values()]
+    sizes = [p.numel() for p in s.params.values()]
+    flat = torch.cat([p.reshape(-1) for p in s.params.values()])
+
+    def loss(z: Any) -> Any:
+        return s.loss(s.named([part.view(shape) for part, shape in zip(z.split(sizes), shapes, strict=True)]))
+
+    def loop() -> Any:
+        z = flat.detach().requires_grad_()
+        (g,) = torch.autograd.grad(loss(z), z, create_graph=True)
+        return torch.stack([torch.autograd.grad(gi, z, retain_graph=True)[0] for gi in g])
+
+    hand = {
+        "jacrev(grad)": lambda: torch.func.jacrev(grad(loss))(flat),
+        "func.hessian": lambda: torch.func.hessian(loss)(flat),
+        "double backward, loop": loop,
+    }
+    unit = lambda: grad(loss)(flat)
+    yield Case(s.name, "hessian", "eager", lambda: gradlab.hessian(loss, flat), hand, unit)
+    diagonals = {name: (lambda f=f: f().diagonal()) for name, f in hand.items()}
+    yield Case(s.name, "hessian_diagonal", "eager", lambda: gradlab.hessian_diagonal(loss, flat), diagonals, unit)
+
+
+def _jacobians(s: Setup) -> Iterator[Case]:
+    sizes, shapes = [p.numel() for p in s.params.values()], [p.shape for p in s.params.values()]
+    flat = torch.cat([p.reshape(-1) for p in s.params.values()])
+    split = lambda z: s.named([part.view(shape) for part, shape in zip(z.split(sizes), shapes, strict=True)])
+    for outputs, kind in ((1280, "more outputs"), (160, "fewer outputs")):
+        f = lambda z, n=outputs: s.model(split(z)).reshape(-1)[:n]
+        hand = {"jacrev": lambda f=f: torch.func.jacrev(f)(flat), "jacfwd": lambda f=f: torch.func.jacfwd(f)(flat)}
+        yield Case(
+            s.name, f"jacobian, {kind}", "eager", lambda f=f: gradlab.jacobian(f, flat), hand, _gradient(s)
+        )

@@ -1,0 +1,49 @@
+"""Peak memory of a call beyond its inputs, in bytes; None where it cannot be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def peak(framework: str, call: Callable[..., Any], *args: Any) -> int | None:
+    """Peak bytes that `call(*args)` holds above what was there before: temporaries and results.
+
+    torch on an accelerator: the allocator's peak. torch on a CPU: the running sum of the profiler's
+    allocation events. jax: XLA's own plan of the compiled call, temporaries and outputs, so `call` must be
+    what jax.jit accepts. None where the framework does not say.
+    """
+    return {"torch": _torch, "jax": _jax}[framework](call, *args)
+
+
+def _torch(call: Callable[..., Any], *args: Any) -> int | None:
+    import torch
+
+    if torch.cuda.is_available() and any(getattr(a, "is_cuda", False) for a in _leaves(args)):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(*args)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call(*args)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest if events else None
+
+
+def _leaves(tree: Any) -> list[Any]:
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_leaves(tree)
+
+
+def _jax(call: Callable[..., Any], *args: Any) -> int | None:
+    import jax
+
+    plan = jax.jit(call).lower(*args).compile().memory_analysis()
+    return None if plan is None else plan.temp_size_in_bytes + plan.output_size_in_bytes

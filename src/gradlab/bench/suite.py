@@ -1,0 +1,225 @@
+"""The benchmark of every operation against hand-written framework code, interleaved in one run.
+
+    gradlab bench --preset smoke|paper --framework jax|torch|both
+
+Each framework runs in a process of its own. Every variant's result is compared first: one that is wrong
+is listed as wrong and gets no speed. Each run appends one record a framework to bench.jsonl.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradlab.bench.clock import Timing, interleave, ratio
+from gradlab.bench.record import append, environment
+
+PRESETS = {
+    "smoke": {"names": ["mlp_10k", "mlp_500"], "repeats": 20, "budget": 1.5},
+    "paper": {"names": ["mlp_10k", "mlp_784", "transformer_128", "mlp_500"], "repeats": 40, "budget": 12.0},
+}
+TOLERANCE = 2e-3  # relative to the largest entry: rounding in float32 is below, a wrong strategy far above
+
+
+@dataclass
+class Case:
+    """One operation on one problem: gradlab's call, its hand-written rivals, and one gradient as the unit."""
+
+    problem: str
+    operation: str
+    mode: str
+    ours: Callable[[], Any]
+    hand: dict[str, Callable[[], Any]]
+    unit: Callable[[], Any]
+    units: int = 1  # directions in one call: times are given per direction
+    trusted: Callable[[], Any] | None = None  # what results are compared with; else the first rival
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure(case: Case, synchronise: Callable[[Any], Any], repeats: int, budget: float) -> dict[str, Any]:
+    """Check every variant, time the right ones against each other, and give one row."""
+    variants = {"gradlab": case.ours, **case.hand}
+    expected = _flat((case.trusted or next(iter(case.hand.values())))())
+    errors = {name: _error(call, expected) for name, call in variants.items()}
+    right = {name: call for name, call in variants.items() if errors[name] <= TOLERANCE}
+    timings = interleave(
+        {"gradient": case.unit, **right}, synchronise=synchronise, repeats=repeats, budget_s=budget
+    )
+    rivals = {name: timings[name] for name in right if name != "gradlab"}
+    best = min(rivals, key=lambda name: rivals[name].median_s)
+    row: dict[str, Any] = {
+        "problem": case.problem,
+        "operation": case.operation,
+        "mode": case.mode,
+        "best_by_hand": best,
+        "gradient_s": timings["gradient"].median_s,
+        "variants": {
+            name: {"error": errors[name], **_numbers(timings.get(name), timings["gradient"], case.units)}
+            for name in variants
+        },
+    }
+    if "gradlab" in right:
+        row["ratio_to_best"] = ratio(timings["gradlab"], rivals[best])
+    return row
+
+
+def _numbers(timing: Timing | None, unit: Timing, units: int) -> dict[str, Any]:
+    """What is said of a variant: nothing of speed when its result was wrong."""
+    if timing is None:
+        return {"verdict": "wrong"}
+    return {
+        "verdict": "right",
+        "first_s": timing.first_s,
+        "median_s": timing.median_s,
+        "spread_s": timing.spread_s,
+        "gradients": ratio(timing, unit)[0] / units,
+    }
+
+
+def _error(call: Callable[[], Any], expected: np.ndarray) -> float:
+    try:
+        actual = _flat(call())
+    except Exception:  # a strategy the framework refuses here
+        return float("inf")
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+def _flat(tree: Any) -> np.ndarray:
+    if isinstance(tree, dict):
+        tree = [tree[key] for key in sorted(tree)]
+    if isinstance(tree, (list, tuple)):
+        return np.concatenate([_flat(child) for child in tree])
+    return np.asarray(tree.detach().cpu() if hasattr(tree, "detach") else tree, np.float64).reshape(-1)
+
+
+def overhead(framework: str) -> dict[str, float]:
+    """Microseconds a call spends before the framework's own work, for a tree of ten leaves.
+
+    `dispatch` is the façade alone; `checks` the door of an operation: taking the tree apart, comparing
+    the direction with it.
+    """
+    import timeit
+
+    from gradlab._dispatch import framework_of
+
+    functions = importlib.import_module(f"gradlab.bench._{framework}")
+    Tree = importlib.import_module(f"gradlab.transforms.trees._{framework}").Tree
+    tree = functions.arrays({f"k{i}": np.ones(3) for i in range(10)}, "float32")
+    f = lambda x: x
+
+    def door() -> Any:
+        point = Tree("hvp", "x", tree)
+        return point.put(point.direction(tree))
+
+    micro = lambda call: min(timeit.repeat(call, number=2000, repeat=5)) / 2000 * 1e6
+    return {"dispatch_us": micro(lambda: framework_of("hvp", (f, tree, tree))), "checks_us": micro(door)}
+
+
+def memory(framework: str, problem: str) -> dict[str, int | None]:
+    """Peak bytes of one hvp and of eight directions at once, gradlab's and by hand; run in a child process."""
+    from gradlab.bench.memory import peak
+
+    suite = importlib.import_module(f"gradlab.bench._suite_{framework}")
+    device = os.environ.get("GRADLAB_BENCH_DEVICE", "cpu")
+    found: dict[str, int | None] = {}
+    for case in (suite._hvp(suite.Setup(problem, "float32", device), *_mode(framework)),):
+        found["hvp, gradlab"] = peak(framework, case.ours)
+        for name, call in case.hand.items():
+            found[f"hvp, {name}"] = peak(framework, call)
+    return found
+
+
+def _mode(framework: str) -> tuple[Any, ...]:
+    return ("compiled", lambda f: f) if framework == "jax" else ()
+
+
+def run_framework(framework: str, preset: str, device: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """Rows of one framework, in this process: first each operation's, last memory and overhead."""
+    functions = importlib.import_module(f"gradlab.bench._{framework}")
+    suite = importlib.import_module(f"gradlab.bench._suite_{framework}")
+    options = PRESETS[preset]
+    for case in suite.cases(options["names"], dtype, device, compile=True):
+        yield measure(case, functions.synchronise, options["repeats"], options["budget"])
+    for problem in (name for name in options["names"] if name != "mlp_500"):
+        yield {"memory": problem, "bytes": memory(framework, problem)}
+    yield {"overhead": overhead(framework)}
+
+
+def run(
+    preset: str = "smoke",
+    framework: str = "both",
+    device: str = "cpu",
+    dtype: str = "float32",
+    out: str | Path = "results",
+) -> int:
+    """Run the benchmark, print the table, append the records; 1 if a result of gradlab's was wrong."""
+    from rich.console import Console
+
+    console, wrong = Console(), False
+    for name in ("jax", "torch") if framework == "both" else (framework,):
+        rows = list(_child(name, preset, device, dtype, console))
+        append(Path(out) / "bench.jsonl", _record(name, preset, device, dtype, rows))
+        console.print(table(name, rows))
+        wrong = wrong or any("variants" in row and "ratio_to_best" not in row for row in rows)
+    return int(wrong)
+
+
+def _record(framework: str, preset: str, device: str, dtype: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    config = {"framework": framework, "preset": preset, "device": device, "dtype": dtype}
+    return {"benchmark": "operations", "config": config, "environment": environment(), "rows": rows}
+
+
+def _child(framework: str, preset: str, device: str, dtype: str, console: Any) -> Iterator[dict[str, Any]]:
+    command = [sys.executable, "-m", "gradlab.bench.suite", framework, preset, device, dtype]
+    quiet = {**os.environ, "GRADLAB_BENCH_DEVICE": device, "KINETO_LOG_LEVEL": "99"}
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet) as child,
+        console.status(f"{framework}: starting") as status,
+    ):
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("{"):
+                row = json.loads(line)
+                status.update(f"{framework}: {row.get('problem', '')} {row.get('operation', '')}")
+                yield row
+        if child.wait():
+            raise RuntimeError(f"the benchmark of {framework} ended with status {child.returncode}")
+
+
+def table(framework: str, rows: list[dict[str, Any]]) -> Any:
+    """One line a case: gradlab, the best by hand, their ratio with its quartiles; in gradients a product."""
+    from rich.table import Table
+
+    shown = Table("problem", "operation", "mode", "gradlab", "best by hand", "", "ratio", title=framework)
+    for row in rows:
+        if "variants" not in row:
+            continue
+        best, ours = row["best_by_hand"], row["variants"]["gradlab"]
+        middle, low, high = row.get("ratio_to_best", (float("nan"),) * 3)
+        wrong = [f"{n}: wrong by {v['error']:.1e}" for n, v in row["variants"].items() if v["verdict"] == "wrong"]
+        shown.add_row(
+            row["problem"],
+            row["operation"],
+            row["mode"],
+            f"{ours['gradients']:.2f}" if "gradients" in ours else "WRONG",
+            f"{row['variants'][best]['gradients']:.2f}",
+            "; ".join([best, *wrong]),
+            f"{middle:.2f} ({low:.2f}-{high:.2f})",
+        )
+    shown.caption = "times in gradients of the same framework and mode, a direction"
+    return shown
+
+
+if __name__ == "__main__":
+    for finding in run_framework(*sys.argv[1:]):
+        print(json.dumps(finding), flush=True)
