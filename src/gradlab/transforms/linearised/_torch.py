@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,8 @@ from gradlab.transforms.repairs._torch import (
     repaired,
     transforming,
 )
+
+_name, _requires_grad = attrgetter("__name__"), attrgetter("requires_grad")
 
 Leaves = Sequence[Any]
 Function = Callable[[Leaves], tuple[Leaves, Any]]
@@ -144,7 +147,10 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
     """A kept autograd graph: the fastest eager form, and one that old-style autograd.Functions allow."""
     grad_mode = torch.is_grad_enabled()
     with torch.enable_grad():
-        xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
+        if any(map(_requires_grad, leaves)):  # x itself may stand in what f closes over
+            xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
+        else:
+            xs = [x.detach().requires_grad_() for x in leaves]
         outputs, aux, attached = _recorded(f, xs, user, grad_mode)
         if gradient:
             outputs = _backward(outputs, xs, None, create_graph=True)
@@ -154,7 +160,7 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
 
     def linear(ys: Leaves, xs: Leaves) -> Callable[..., Leaves]:
         def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
-            again = torch.is_grad_enabled() and (attached or any(u.requires_grad for u in us))
+            again = torch.is_grad_enabled() and (attached or any(map(_requires_grad, us)))
             return _backward(ys, xs, us, many, retain_graph=again or not last, create_graph=again)
 
         return apply
@@ -172,8 +178,8 @@ def _backward(
 ) -> list[Any]:
     """torch.autograd.grad with zeros for what does not depend on xs; stacked cotangents if `many`."""
     lead = us[0].shape[:1] if us is not None and many else ()
-    if not all(y.requires_grad for y in outputs):  # constant outputs have no graph
-        kept = [i for i, y in enumerate(outputs) if y.requires_grad]
+    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
+    if len(kept) < len(outputs):  # constant outputs have no graph
         outputs = [outputs[i] for i in kept]
         us = None if us is None else [us[i] for i in kept]
         if not kept:
@@ -250,6 +256,6 @@ def _survey(outputs: Leaves, xs: Leaves) -> tuple[bool, set[str]]:
             if other is not None and other not in seen:
                 seen.add(other)
                 stack.append(other)
-    own = {id(x) for x in xs}
+    own = set(map(id, xs))
     attached = any(id(getattr(node, "variable", xs[0])) not in own for node in ends)
-    return attached, {kind.__name__ for kind in set(map(type, seen))}
+    return attached, set(map(_name, set(map(type, seen))))

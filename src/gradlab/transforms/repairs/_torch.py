@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -54,11 +57,7 @@ def repaired(f: Callable[..., Any], level: Level = Level.ALL) -> Callable[..., A
 
 def transforming() -> bool:
     """Whether the compiler, a torch.func transform or forward mode is at work around this line."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def layer_norm(

@@ -161,17 +161,22 @@ def nested_columns(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
 
 def scalar_function(op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool) -> Function:
     """`f(x, *args)` as `leaves -> ([value], aux)`; a value that is not one float is refused."""
-    outputs_of, _ = tree_function(op, f, x, args, has_aux)
 
     def function(leaves: Leaves) -> tuple[Leaves, Any]:
-        outputs, aux = outputs_of(leaves)
-        if len(outputs) != 1 or outputs[0].ndim != 0:
-            given = " and ".join(str(y.shape) for y in outputs)
+        y, aux = f(x.put(leaves), *args), None
+        if has_aux:
+            y, aux = split_aux(op, y)
+        if isinstance(y, jax.Array) and y.ndim == 0 and jnp.issubdtype(y.dtype, jnp.floating):
+            return [y], aux
+        outputs = Tree(op, "f's output", y)
+        refuse_constants(op, outputs)
+        if len(outputs.leaves) != 1 or outputs.leaves[0].ndim != 0:
+            given = " and ".join(str(shape) for shape in outputs.shapes)
             raise InputError(
                 f"{op}: f must return one scalar, it returned shape {given}; sum it, "
                 "or use jacobian for a function with many outputs"
             )
-        return outputs, aux
+        return outputs.leaves, aux
 
     return function
 

@@ -20,7 +20,7 @@ class Tree:
     def __init__(self, op: str, name: str, tree: Any):
         leaves, self.spec = flatten(tree)
         self.op, self.name = op, name
-        if leaves and all(type(leaf) is torch.Tensor and leaf.is_floating_point() for leaf in leaves):
+        if set(map(type, leaves)) == {torch.Tensor} and all(map(torch.Tensor.is_floating_point, leaves)):
             self.all = self.leaves = leaves
             self.places: Sequence[int] = range(len(leaves))
         else:
@@ -84,10 +84,7 @@ class Tree:
             leaves = self._matched(v, name)
         if len(leaves) > len(self.leaves):
             leaves = [leaves[i] for i in self.places]
-        if not batch and all(
-            type(leaf) is torch.Tensor and leaf.shape == x.shape and leaf.dtype is x.dtype
-            for leaf, x in zip(leaves, self.leaves, strict=True)
-        ):
+        if not batch and list(map(_form, leaves)) == list(map(_form, self.leaves)):
             return leaves
         leaves = [
             leaf if isinstance(leaf, torch.Tensor) else torch.as_tensor(leaf, dtype=x.dtype, device=x.device)
@@ -204,17 +201,23 @@ def nested_columns(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
 
 def scalar_function(op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool) -> Function:
     """`f(x, *args)` as `leaves -> ([value], aux)`; a value that is not one float is refused."""
-    outputs_of, _ = tree_function(op, f, x, args, has_aux)
+    args = as_tensors(args)
 
     def function(leaves: Leaves) -> tuple[Leaves, Any]:
-        outputs, aux = outputs_of(leaves)
-        if len(outputs) != 1 or outputs[0].ndim != 0:
-            given = " and ".join(str(tuple(y.shape)) for y in outputs)
+        y, aux = f(x.put(leaves), *args), None
+        if has_aux:
+            y, aux = split_aux(op, y)
+        if isinstance(y, torch.Tensor) and y.ndim == 0 and y.is_floating_point():
+            return [y], aux
+        outputs = Tree(op, "f's output", y)
+        refuse_constants(op, outputs)
+        if len(outputs.leaves) != 1 or outputs.leaves[0].ndim != 0:
+            given = " and ".join(str(shape) for shape in outputs.shapes)
             raise InputError(
                 f"{op}: f must return one scalar, it returned shape {given}; sum it, "
                 "or use jacobian for a function with many outputs"
             )
-        return outputs, aux
+        return outputs.leaves, aux
 
     return function
 
@@ -223,7 +226,7 @@ def tree_function(
     op: str, f: Callable[..., Any], x: Tree, args: Any, has_aux: bool
 ) -> tuple[Function, Callable[[Leaves], Tree]]:
     """`f(x, *args)` as `leaves -> (output leaves, aux)`, and the tree of such leaves once it has run."""
-    args = [pytree.tree_map(as_tensor, arg) if type(arg) not in _LEAF_TYPES else as_tensor(arg) for arg in args]
+    args = as_tensors(args)
     latest: list[Tree] = []
 
     def function(leaves: Leaves) -> tuple[Leaves, Any]:
@@ -268,7 +271,7 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
         leaves, spec = list(tree), (kind, len(tree))
     else:
         return pytree.tree_flatten(tree)
-    if all(type(leaf) in _LEAF_TYPES for leaf in leaves):
+    if _LEAF_TYPES.issuperset(map(type, leaves)):
         return leaves, spec
     return pytree.tree_flatten(tree)
 
@@ -283,9 +286,18 @@ def unflatten(spec: Any, leaves: Sequence[Any]) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
+def _form(leaf: Any) -> tuple[Any, ...] | None:
+    return (leaf.shape, leaf.dtype) if type(leaf) is torch.Tensor else None
+
+
 def as_tensor(leaf: Any) -> Any:
     """numpy arrays as tensors that share their memory; everything else as it stands."""
     return torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def as_tensors(args: Any) -> list[Any]:
+    """Data with tensors for its numpy arrays, at any depth."""
+    return [as_tensor(arg) if type(arg) in _LEAF_TYPES else pytree.tree_map(as_tensor, arg) for arg in args]
 
 
 def _is_float(leaf: Any) -> bool:
