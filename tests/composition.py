@@ -64,7 +64,9 @@ def cases(fw):
     yield Case("jacobian, forward", lambda x: gl.jacobian(model, x, mode="forward"), 1, rows)
     yield Case("jacobian, reverse", lambda x: gl.jacobian(model, x, mode="reverse"), 1, rows)
     yield Case("jacobian_operator.matvec", lambda x: gl.jacobian_operator(model, x).matvec(v), 1, rows @ V)
-    yield Case("jacobian_operator.T.matvec", lambda x: gl.jacobian_operator(model, x).T.matvec(u), 1, U @ rows)
+    yield Case(
+        "jacobian_operator.T.matvec", lambda x: gl.jacobian_operator(model, x).T.matvec(u), 1, U @ rows
+    )
     yield Case("ggn_vp", lambda x: gl.ggn_vp(model, loss, x, v), 3, along)
     yield Case("ggn_operator.matvec", lambda x: gl.ggn_operator(model, loss, x).matvec(v), 3, along)
 
@@ -157,7 +159,8 @@ def markdown(rows):
     names = list(next(iter(rows.values())))
     lines = ["| operation | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {operation} | " + " | ".join(row[name] for name in names) + " |" for operation, row in rows.items()
+        f"| {operation} | " + " | ".join(row[name] for name in names) + " |"
+        for operation, row in rows.items()
     ]
     return "\n".join(lines)
 

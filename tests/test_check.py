@@ -94,7 +94,9 @@ def test_a_detached_branch_fails(fw):
 def test_the_wrong_entry_is_located(fw):
     n = 10_000
     x = np.linspace(0.4, 2.0, n)
-    cube = with_rule(fw, lambda x: x**3, lambda x, u, stop: u * 3 * x**2 * type_like(x, 1 + 0.5 * (np.arange(n) == 4321)))
+    cube = with_rule(
+        fw, lambda x: x**3, lambda x, u, stop: u * 3 * x**2 * type_like(x, 1 + 0.5 * (np.arange(n) == 4321))
+    )
     report = check.derivatives(lambda p: cube(p["w"]).sum(), {"w": fw.array(x)}, order=1)
     row = report["gradient"]
     assert (row.status, row.where) == ("failed", "x['w'][4321]")
@@ -102,7 +104,10 @@ def test_the_wrong_entry_is_located(fw):
 
 
 HARD = {
-    "Rosenbrock": (lambda xp, x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum(), [-1.2, 1.0, 0.5]),
+    "Rosenbrock": (
+        lambda xp, x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum(),
+        [-1.2, 1.0, 0.5],
+    ),
     "exponentials far out": (lambda xp, x: xp.exp(x).sum(), [30.0, -30.0, 1.0]),
     "badly scaled": (lambda xp, x: (x * xp.exp(-(x**2) * 1e-14)).sum() + (x**2).sum(), [1e-6, 1.0, 1e6]),
     "tiny": (lambda xp, x: 1e-12 * xp.sin(x).sum(), [0.3, 2.0]),
@@ -146,7 +151,9 @@ def test_aux_and_data(fw):
     check.derivatives(lambda x, a: ((a * x**3).sum(), "aux"), x, x, has_aux=True).raise_if_failed()
 
 
-@pytest.mark.parametrize("f", [lambda xp, x: abs(x).sum(), lambda xp, x: (x * (x > 0)).sum()], ids=["abs", "relu"])
+@pytest.mark.parametrize(
+    "f", [lambda xp, x: abs(x).sum(), lambda xp, x: (x * (x > 0)).sum()], ids=["abs", "relu"]
+)
 def test_a_kink_is_inconclusive(fw, f):
     report = check.derivatives(lambda x: f(fw.xp, x), fw.array(np.array([0.0, 1.0])), order=1)
     assert report["gradient"].status == "inconclusive"
@@ -171,7 +178,9 @@ def test_unsteady_and_mutating_functions_are_named():
         data += 1
         return (x * data).sum()
 
-    assert "changed its input args" in check.derivatives(mutates, torch.ones(2), torch.ones(2))["value"].message
+    assert (
+        "changed its input args" in check.derivatives(mutates, torch.ones(2), torch.ones(2))["value"].message
+    )
 
 
 def test_not_finite_is_inconclusive(fw):
@@ -241,5 +250,7 @@ def test_the_error_estimate_is_honest(g, x, slope):
 
 
 def test_curvature_from_values():
-    estimate = differences.curvature(lambda z: np.exp(z[:1] * z[1:]), np.array([0.5, 0.7]), np.array([1.0, 0.0]))
+    estimate = differences.curvature(
+        lambda z: np.exp(z[:1] * z[1:]), np.array([0.5, 0.7]), np.array([1.0, 0.0])
+    )
     assert abs(estimate.value[0] - 0.49 * np.exp(0.35)) <= 3 * estimate.uncertainty[0] < 1e-6

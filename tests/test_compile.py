@@ -8,7 +8,9 @@ import gradlab
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU"
+)
 
 
 def transformer(d=16, heads=2, vocabulary=11, length=6, batch=3):
@@ -23,8 +25,14 @@ def transformer(d=16, heads=2, vocabulary=11, length=6, batch=3):
 
     def loss(p, tokens):
         h = functional.embedding(tokens[:, :-1], p["embed"])
-        q, k, v = (functional.layer_norm(h, (d,), p["scale"]) @ p["qkv"]).view(batch, length, 3, heads, -1).unbind(2)
-        mixed = functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        q, k, v = (
+            (functional.layer_norm(h, (d,), p["scale"]) @ p["qkv"])
+            .view(batch, length, 3, heads, -1)
+            .unbind(2)
+        )
+        mixed = functional.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True
+        )
         h = h + mixed.transpose(1, 2).reshape(batch, length, d) @ p["out"]
         h = h + functional.gelu(functional.layer_norm(h, (d,)) @ p["up"], approximate="tanh") @ p["down"]
         logits = functional.layer_norm(h, (d,)) @ p["head"]

@@ -47,7 +47,9 @@ def test_direction_that_only_broadcasts(fw):
 
 def test_stacked_directions_that_do_not_fit(fw):
     H = fw.gl.hessian_operator(lambda x: cube(x["a"]) + cube(x["b"]), {"a": point(fw, 2), "b": point(fw, 3)})
-    with raises(InputError, r"V\['b'\] has shape \(5, 3\), x\['b'\] has shape \(3,\); pass directions stacked"):
+    with raises(
+        InputError, r"V\['b'\] has shape \(5, 3\), x\['b'\] has shape \(3,\); pass directions stacked"
+    ):
         H.matmat({"a": point(fw, 4, 2), "b": point(fw, 5, 3)})
     with raises(InputError, "pass directions stacked"):
         H.matmat({"a": point(fw, 2), "b": point(fw, 3)})
@@ -132,7 +134,9 @@ def test_bad_options_are_refused_before_f_runs(fw):
 def test_a_dense_matrix_that_cannot_fit(fw):
     """10^6 floats: the matrix would take terabytes; said with its size, at once."""
     x = fw.array(np.ones(1_000_000))
-    with raises(TooLargeError, r"hessian: the dense 1000000 x 1000000 matrix needs 7450.6 GiB, the device has"):
+    with raises(
+        TooLargeError, r"hessian: the dense 1000000 x 1000000 matrix needs 7450.6 GiB, the device has"
+    ):
         fw.gl.hessian(cube, x)
     with raises(MemoryError, "dense"):
         fw.gl.hessian_operator(cube, x).dense()

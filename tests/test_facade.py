@@ -139,7 +139,9 @@ def test_private_topics_are_twins(framework):
 def test_namespaces_hold_every_operation(framework):
     pytest.importorskip(framework)
     namespace = importlib.import_module(f"gradlab.{framework}")
-    operations = [name for topic in TOPICS for name in importlib.import_module(f"gradlab.transforms.{topic}").__all__]
+    operations = [
+        name for topic in TOPICS for name in importlib.import_module(f"gradlab.transforms.{topic}").__all__
+    ]
     assert sorted(namespace.__all__) == sorted(operations)
     assert set(operations) <= set(gradlab.__all__)
     assert set(TOPICS) <= set(topics())

@@ -54,8 +54,6 @@ def _outer(blocks, like):
     return [blocks] if hasattr(like, "shape") else []
 
 
-
-
 @scalars
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_hessian_diagonal(fw, s, chunk_size):

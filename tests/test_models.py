@@ -32,7 +32,9 @@ def problem(fw):
     model, x, outer = torch_model() if fw.name == "torch" else jax_model()
     apply, params = gradlab.functional(model)
     output = (lambda p: apply(p, x)) if fw.name == "torch" else (lambda p: fw.vmap(lambda x: apply(p, x))(x))
-    assert np.array_equal(fw.numpy(output(params)), fw.numpy(model(x) if fw.name == "torch" else fw.vmap(model)(x)))
+    assert np.array_equal(
+        fw.numpy(output(params)), fw.numpy(model(x) if fw.name == "torch" else fw.vmap(model)(x))
+    )
     return (lambda p: outer(output(p))), output, outer, params
 
 

@@ -26,7 +26,9 @@ weight, bias = normal(4), normal(4)
 FAULTY = {
     "layer_norm": lambda x: (functional.layer_norm(x, (4,), weight, bias) ** 2 * W).sum(),
     "LayerNorm": lambda x: (torch.nn.LayerNorm(4, elementwise_affine=False)(x) ** 3 * W).sum(),
-    "batch_norm": lambda x: (functional.batch_norm(x, None, None, weight, bias, training=True) ** 2 * W).sum(),
+    "batch_norm": lambda x: (
+        functional.batch_norm(x, None, None, weight, bias, training=True) ** 2 * W
+    ).sum(),
     "instance_norm": lambda x: (functional.instance_norm(x[None], weight=weight, bias=bias) ** 2 * W).sum(),
     "det": torch.linalg.det,
     "Tensor.det": lambda x: x.det() ** 2,
@@ -43,11 +45,14 @@ FAULTY = {
 MISSING = {
     "mse_loss": lambda x: functional.mse_loss(x, W) ** 2,
     "huber_loss": lambda x: functional.huber_loss(x, W, delta=0.7) ** 2,
-    "attention": lambda x: (functional.scaled_dot_product_attention(x[None], 2 * x[None], x[None]) ** 2).sum(),
+    "attention": lambda x: (
+        functional.scaled_dot_product_attention(x[None], 2 * x[None], x[None]) ** 2
+    ).sum(),
     "attention in a module": lambda x: (
         functional.multi_head_attention_forward(
             x, x, x, 4, 2, W.repeat(3, 1), None, None, None, False, 0.0, W, None, need_weights=False
-        )[0] ** 2
+        )[0]
+        ** 2
     ).sum(),
 }
 # Wrong where its second derivative is batched over directions (torch.autograd.grad, is_grads_batched).
@@ -76,7 +81,9 @@ def close(actual, expected, scale):
 
 
 @every
-@pytest.mark.parametrize("strategy", ["auto", "reverse_over_reverse", "forward_over_reverse", "reverse_over_forward"])
+@pytest.mark.parametrize(
+    "strategy", ["auto", "reverse_over_reverse", "forward_over_reverse", "reverse_over_forward"]
+)
 def test_second_order(name, strategy):
     f, (_, second, third) = ALL[name], truth(ALL[name])
     close((gradlab.hvp(f, X, V, strategy=strategy) * V).sum(), second, third)
@@ -107,7 +114,9 @@ THIRD = {
     ).sum(),
     "hessian inside jvp": lambda f: jvp(lambda x: contracted_hessian(f, x), X, V),
     "diagonal inside grad": lambda f: (
-        torch.func.grad(lambda t: gradlab.hessian_diagonal(lambda s: f(X + s * V), t)[0])(torch.zeros(1).double())
+        torch.func.grad(lambda t: gradlab.hessian_diagonal(lambda s: f(X + s * V), t)[0])(
+            torch.zeros(1).double()
+        )
     )[0],
     "operator inside jvp": lambda f: (jvp(lambda x: gradlab.hessian_operator(f, x) @ V, X, V) * V).sum(),
     "operator, forward level": lambda f: (_dual(lambda x: gradlab.hessian_operator(f, x) @ V) * V).sum(),

@@ -23,7 +23,9 @@ class Setup:
 
     def __init__(self, name: str, dtype: str, device: str):
         problem = MEASURED[name]()
-        params, inputs, targets = functions.arrays((problem.params, problem.inputs, problem.targets), dtype, device)
+        params, inputs, targets = functions.arrays(
+            (problem.params, problem.inputs, problem.targets), dtype, device
+        )
         loss, model = functions.loss(problem), functions.model(problem)
         self.name, self.params = name, params
         self.loss = lambda p: loss(p, inputs, targets)
@@ -75,7 +77,14 @@ def _hvp(s: Setup, mode: str, wrap: Callable[..., Any]) -> Case:
 def _linearised(s: Setup) -> Case:
     H = gradlab.hessian_operator(s.loss, s.params)
     push = jit(jax.linearize(grad(s.loss), s.params)[1])
-    return Case(s.name, "hessian_operator @ v", "compiled", lambda: H @ s.v, _calls({"linearize": push}, s.v), _unit(s))
+    return Case(
+        s.name,
+        "hessian_operator @ v",
+        "compiled",
+        lambda: H @ s.v,
+        _calls({"linearize": push}, s.v),
+        _unit(s),
+    )
 
 
 def _many(s: Setup, k: int) -> Case:

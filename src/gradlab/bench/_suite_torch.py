@@ -24,7 +24,9 @@ class Setup:
 
     def __init__(self, name: str, dtype: str, device: str):
         problem = MEASURED[name]()
-        params, inputs, targets = functions.arrays((problem.params, problem.inputs, problem.targets), dtype, device)
+        params, inputs, targets = functions.arrays(
+            (problem.params, problem.inputs, problem.targets), dtype, device
+        )
         loss, model = functions.loss(problem), functions.model(problem)
         self.name, self.params, self.keys = name, params, list(params)
         self.loss = lambda p: loss(p, inputs, targets)
@@ -33,7 +35,8 @@ class Setup:
         self.flops = 0
         draw = torch.Generator(device=device).manual_seed(0)
         self.directions = lambda k: {
-            n: torch.randn(*k, *p.shape, generator=draw, dtype=p.dtype, device=device) for n, p in params.items()
+            n: torch.randn(*k, *p.shape, generator=draw, dtype=p.dtype, device=device)
+            for n, p in params.items()
         }
         self.v = self.directions(())
 
@@ -231,7 +234,9 @@ def _dense(s: Setup) -> Iterator[Case]:
     unit = lambda: grad(loss)(flat)
     yield Case(s.name, "hessian", "eager", lambda: gradlab.hessian(loss, flat), hand, unit)
     diagonals = {name: (lambda f=f: f().diagonal()) for name, f in hand.items()}
-    yield Case(s.name, "hessian_diagonal", "eager", lambda: gradlab.hessian_diagonal(loss, flat), diagonals, unit)
+    yield Case(
+        s.name, "hessian_diagonal", "eager", lambda: gradlab.hessian_diagonal(loss, flat), diagonals, unit
+    )
 
 
 def _jacobians(s: Setup) -> Iterator[Case]:
@@ -240,7 +245,10 @@ def _jacobians(s: Setup) -> Iterator[Case]:
     split = lambda z: s.named([part.view(shape) for part, shape in zip(z.split(sizes), shapes, strict=True)])
     for outputs, kind in ((1280, "more outputs"), (160, "fewer outputs")):
         f = lambda z, n=outputs: s.model(split(z)).reshape(-1)[:n]
-        hand = {"jacrev": lambda f=f: torch.func.jacrev(f)(flat), "jacfwd": lambda f=f: torch.func.jacfwd(f)(flat)}
+        hand = {
+            "jacrev": lambda f=f: torch.func.jacrev(f)(flat),
+            "jacfwd": lambda f=f: torch.func.jacfwd(f)(flat),
+        }
         yield Case(
             s.name, f"jacobian, {kind}", "eager", lambda f=f: gradlab.jacobian(f, flat), hand, _gradient(s)
         )

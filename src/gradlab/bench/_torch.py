@@ -16,7 +16,9 @@ from gradlab.bench.problems import Problem
 def arrays(tree: Any, dtype: str, device: str = "cpu") -> Any:
     """A tree of numpy arrays on the device; floats in the dtype, integers as they are."""
     kind = lambda a: getattr(torch, dtype) if a.dtype.kind == "f" else None
-    return pytree.tree_map(lambda a: torch.tensor(np.asarray(a), dtype=kind(np.asarray(a)), device=device), tree)
+    return pytree.tree_map(
+        lambda a: torch.tensor(np.asarray(a), dtype=kind(np.asarray(a)), device=device), tree
+    )
 
 
 def synchronise(result: Any) -> Any:

@@ -26,7 +26,9 @@ def _torch(call: Callable[..., Any], *args: Any) -> int | None:
         call(*args)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         call(*args)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = highest = 0

@@ -67,7 +67,13 @@ def _layers(sizes: tuple[int, ...], rng: np.random.Generator) -> Arrays:
 def mlp(name: str, sizes: tuple[int, ...], batch: int, side: int = 8, width: int | None = None) -> Problem:
     """A tanh network on the digits; with one layer, logistic regression."""
     images, labels = digits(batch, side)
-    return Problem(name, "mlp", _layers(sizes, np.random.default_rng(1)), images[:, 18 : 18 + width] if width else images, labels)
+    return Problem(
+        name,
+        "mlp",
+        _layers(sizes, np.random.default_rng(1)),
+        images[:, 18 : 18 + width] if width else images,
+        labels,
+    )
 
 
 def conv(batch: int = 32) -> Problem:

@@ -174,7 +174,9 @@ def run(
     return int(wrong)
 
 
-def _record(framework: str, preset: str, device: str, dtype: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _record(
+    framework: str, preset: str, device: str, dtype: str, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     config = {"framework": framework, "preset": preset, "device": device, "dtype": dtype}
     return {"benchmark": "operations", "config": config, "environment": environment(), "rows": rows}
 
@@ -206,7 +208,9 @@ def table(framework: str, rows: list[dict[str, Any]]) -> Any:
             continue
         best, ours = row["best_by_hand"], row["variants"]["gradlab"]
         middle, low, high = row.get("ratio_to_best", (float("nan"),) * 3)
-        wrong = [f"{n}: wrong by {v['error']:.1e}" for n, v in row["variants"].items() if v["verdict"] == "wrong"]
+        wrong = [
+            f"{n}: wrong by {v['error']:.1e}" for n, v in row["variants"].items() if v["verdict"] == "wrong"
+        ]
         shown.add_row(
             row["problem"],
             row["operation"],

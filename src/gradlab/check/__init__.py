@@ -1,7 +1,7 @@
 """Prove a derivative right on your own function, against differences with an error estimate.
 
-    from gradlab import check
-    check.derivatives(f, x, *args).raise_if_failed()
+from gradlab import check
+check.derivatives(f, x, *args).raise_if_failed()
 """
 
 from __future__ import annotations

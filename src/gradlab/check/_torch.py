@@ -41,7 +41,9 @@ class Subject:
         detach = lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
         x, args = pytree.tree_map(detach, x), pytree.tree_map(detach, args)
         self.tree = Tree(OP, "x", x)
-        self.given = [leaf for leaf in pytree.tree_leaves((self.tree.leaves, args)) if isinstance(leaf, torch.Tensor)]
+        self.given = [
+            leaf for leaf in pytree.tree_leaves((self.tree.leaves, args)) if isinstance(leaf, torch.Tensor)
+        ]
         before = [leaf.clone() for leaf in self.given]
         self.function, output = tree_function(OP, f, self.tree, args, has_aux)
         outputs, _ = self.function(self.tree.leaves)
@@ -82,7 +84,9 @@ class Subject:
             return torch.func.jvp(torch.func.grad(repaired(self.weighted)), (x,), (v,))[1]
 
         def reverse_over_reverse(x: Any, v: Any) -> Any:
-            return _pulled(lambda x: _pulled(self.weighted, x, None, create_graph=True), x, v, create_graph=False)
+            return _pulled(
+                lambda x: _pulled(self.weighted, x, None, create_graph=True), x, v, create_graph=False
+            )
 
         def product(x: Any, v: Any) -> Any:
             point, direction = self.tree.put(self.tree.split(x)), self.tree.like(self.tree.split(v))
@@ -115,7 +119,9 @@ class Subject:
 
     def _run(self, function: Callable[..., Any], *vectors: np.ndarray) -> np.ndarray:
         first = self.tree.leaves[0]
-        return self._numpy(function(*(torch.tensor(v, dtype=self.tree.dtype, device=first.device) for v in vectors)))
+        return self._numpy(
+            function(*(torch.tensor(v, dtype=self.tree.dtype, device=first.device) for v in vectors))
+        )
 
     def _numpy(self, array: Any) -> np.ndarray:
         return array.detach().to(torch.float64).cpu().numpy()

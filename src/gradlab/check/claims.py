@@ -180,7 +180,8 @@ def _second(c: Checked, how: str) -> Row:
 def _hessian(c: Checked) -> Row:
     n, scales = c.low.n, c.low.scales()
     columns = [
-        lambda steps, i=i: directional(c.high.gradient, c.x, scales[i] * np.eye(n)[i], steps) for i in range(n)
+        lambda steps, i=i: directional(c.high.gradient, c.x, scales[i] * np.eye(n)[i], steps)
+        for i in range(n)
     ]
     found = [
         _judged(
@@ -220,7 +221,9 @@ def _judged(
             note = " (right in float64: imprecise, not wrong)"
             return _failed(claim, error, rounding, low, exact, where, note)
         allowed = allowed + rounding
-    scale = max(float(np.abs(estimate.value).max(initial=0.0)), 1e-6 * float(np.abs(estimate.noise).max()) / EPS)
+    scale = max(
+        float(np.abs(estimate.value).max(initial=0.0)), 1e-6 * float(np.abs(estimate.noise).max()) / EPS
+    )
     i = int(np.argmax(allowed))
     row = Row(claim, PASSED, float(error.max()), float(allowed[i]) / FACTOR, where(int(np.argmax(error))))
     if FACTOR * estimate.uncertainty.max(initial=0.0) <= RESOLUTION * scale:

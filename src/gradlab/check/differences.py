@@ -91,7 +91,9 @@ def _noise(g: Function, x: np.ndarray, v: np.ndarray, centre: np.ndarray) -> np.
 
     Eight values on either side; the smaller answer, so that a kink beside x does not pass for noise.
     """
-    sides = [table_noise(np.stack([g(x + side * i * NOISE_SPACING * v) for i in range(1, 9)])) for side in (-1, 1)]
+    sides = [
+        table_noise(np.stack([g(x + side * i * NOISE_SPACING * v) for i in range(1, 9)])) for side in (-1, 1)
+    ]
     return np.maximum(np.minimum(*sides), EPS * np.abs(centre))
 
 

@@ -64,8 +64,12 @@ class Report:
         if self.passed:
             return self
         bad = [row for row in self.rows if row.status in (FAILED, INCONCLUSIVE)]
-        lines = [f"{row.claim} {row.status}: {row.message}" for row in bad] or ["no derivative could be checked"]
-        raise CheckError("\n".join([f"derivatives on {self.framework}, {self.dtype}:", *lines, "", str(self)]))
+        lines = [f"{row.claim} {row.status}: {row.message}" for row in bad] or [
+            "no derivative could be checked"
+        ]
+        raise CheckError(
+            "\n".join([f"derivatives on {self.framework}, {self.dtype}:", *lines, "", str(self)])
+        )
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -79,7 +83,9 @@ class Report:
     def __str__(self) -> str:
         table = [HEADINGS, *self.cells()]
         widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table
+        )
 
     def __rich__(self) -> Any:
         from rich.table import Table

@@ -69,7 +69,7 @@ def hessian(
     tree = Tree("hessian", "x", x)
     check_fits("hessian", (tree.size, tree.size), tree)
     gradient = linearise(
-        scalar_function("hessian", f, tree, args, has_aux), tree.leaves, f, gradient=True
+        scalar_function("hessian", f, tree, args, has_aux), tree.leaves, f, gradient=True, many=True
     )
     rows = over_basis(tree, gradient.pull, chunk_size)
     H = nested(tree, tree, [tree.stack(leaf) for leaf in zip(*(part for _, part in rows), strict=True)])
@@ -83,11 +83,9 @@ def hessian_diagonal(
     check_chunk_size("hessian_diagonal", chunk_size)
     tree = Tree("hessian_diagonal", "x", x)
     gradient = linearise(
-        scalar_function("hessian_diagonal", f, tree, args, has_aux), tree.leaves, f, gradient=True
+        scalar_function("hessian_diagonal", f, tree, args, has_aux), tree.leaves, f, gradient=True, many=True
     )
-    parts = [
-        tree.ravel(rows).diagonal(start) for start, rows in over_basis(tree, gradient.pull, chunk_size)
-    ]
+    parts = [tree.ravel(rows).diagonal(start) for start, rows in over_basis(tree, gradient.pull, chunk_size)]
     diagonal = tree.like(tree.split(tree.stack(parts)))
     return (diagonal, gradient.aux) if has_aux else diagonal
 
@@ -151,7 +149,10 @@ def ggn_operator(
     function, output = tree_function("ggn_operator", model, tree, args, has_aux)
     line = linearise(function, tree.leaves, model)
     curvature = linearise(
-        scalar_function("ggn_operator", loss, output(line.outputs), (), False), line.outputs, loss, gradient=True
+        scalar_function("ggn_operator", loss, output(line.outputs), (), False),
+        line.outputs,
+        loss,
+        gradient=True,
     )
 
     def apply(vs: Any, many: bool = False) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from gradlab._errors import InputError
 from gradlab.transforms.jacobians import Mode
-from gradlab.transforms.linearised._torch import in_chunks, linearise, over_basis
+from gradlab.transforms.linearised._torch import in_chunks, linearise, over_basis, pushforward
 from gradlab.transforms.operators import LinearOperator, check_chunk_size, check_fits
 from gradlab.transforms.trees._torch import Tree, nested, nested_columns, tree_function
 
@@ -24,11 +24,11 @@ def jacobian(
         raise InputError(f"jacobian: unknown mode {mode!r}; pass one of {', '.join(get_args(Mode))}")
     tree = Tree("jacobian", "x", x)
     function, output = tree_function("jacobian", f, tree, args, has_aux)
-    line = linearise(function, tree.leaves, f)
+    line = linearise(function, tree.leaves, f, many=True)
     y = output(line.outputs)
     check_fits("jacobian", (y.size, tree.size), tree)
     if mode == "forward" or mode == "auto" and tree.size < y.size:
-        columns = [part for _, part in over_basis(tree, line.push, chunk_size)]
+        columns = [part for _, part in over_basis(tree, pushforward(function, tree.leaves, line), chunk_size)]
         J = nested_columns(y, tree, [tree.stack(leaf) for leaf in zip(*columns, strict=True)])
     else:
         rows = [part for _, part in over_basis(y, line.pull, chunk_size)]

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from gradlab.transforms.operators import DIRECTIONS
 from gradlab.transforms.repairs._torch import (
-    FAULTY_AT_SECOND,
+    WITHOUT_SECOND,
     FAULTY_BEYOND_SECOND,
     Level,
     Repair,
@@ -48,13 +49,22 @@ class Linearised:
         return self.transposed(vs, many)
 
 
-def linearise(f: Function, leaves: Leaves, user: Any, *, gradient: bool = False) -> Linearised:
+def linearise(
+    f: Function, leaves: Leaves, user: Any, *, gradient: bool = False, many: bool = False
+) -> Linearised:
     """Linearise `f(leaves) -> (outputs, aux)`, or with `gradient=True` the gradient of its one output.
 
-    `user` is the caller's own function, by which what was learned of its operations is remembered.
+    `user` is the caller's own function, by which what was learned of its operations is remembered;
+    `many` says that the products will be of many directions at once.
     """
-    by = _by_transforms if transforming() else _by_graph
-    return by(f, leaves, user, gradient)
+    if transforming():
+        return _by_transforms(f, leaves, gradient)
+    if many:
+        try:
+            return _by_transforms(f, leaves, gradient)
+        except RuntimeError:  # an operation that torch.func does not take: an old-style autograd.Function
+            pass
+    return _by_graph(f, leaves, user, gradient)
 
 
 def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple[Linearised, Leaves]:
@@ -83,13 +93,35 @@ def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple
     return line, line.push(vs)
 
 
+def pushforward(f: Function, leaves: Leaves, line: Linearised) -> Callable[..., Leaves]:
+    """J v for stacked tangents: by batched forward mode on the same terms as `linearise_along`."""
+
+    def one(vs: Leaves) -> Leaves:
+        outputs, _ = repaired(f)([forward_ad.make_dual(x, v) for x, v in zip(leaves, vs, strict=True)])
+        pairs = [forward_ad.unpack_dual(y) for y in outputs]
+        return [torch.zeros_like(y) if t is None else t for y, t in pairs]
+
+    def push(vs: Leaves, many: bool = True) -> Leaves:
+        if not transforming() and not any(map(_requires_grad, line.outputs)):
+            try:
+                with forward_ad.dual_level():
+                    return torch.func.vmap(one)(list(vs))
+            except (NotImplementedError, RuntimeError):
+                pass
+        return line.push(vs, many=True)
+
+    return push
+
+
 def materialised(tensor: Any) -> Any:
     """Forward mode's symbolic zero as a tensor of zeros, which numpy and in-place operations can take."""
     zero = tensor._is_zerotensor()
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if zero else tensor
 
 
-def over_basis(tree: Any, apply: Callable[..., Leaves], chunk_size: int | None) -> Iterator[tuple[int, Leaves]]:
+def over_basis(
+    tree: Any, apply: Callable[..., Leaves], chunk_size: int | None
+) -> Iterator[tuple[int, Leaves]]:
     """A start, and the products with the unit directions from there on: a chunk at a time."""
     chunk = chunk_size or min(tree.size, DIRECTIONS)
     for start in range(0, tree.size, chunk):
@@ -125,8 +157,8 @@ def tensors_only(f: Callable[..., tuple[Any, Any]]) -> tuple[Callable[..., Any],
     return of_tensors, restore
 
 
-def _by_transforms(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Linearised:
-    """torch.func: reverse over reverse, right under vmap, grad, jvp and torch.compile."""
+def _by_transforms(f: Function, leaves: Leaves, gradient: bool) -> Linearised:
+    """torch.func: reverse over reverse, right under vmap, grad, jvp and torch.compile, and batched."""
     of_tensors, restore = tensors_only(repaired(f))
 
     def first(xs: Leaves) -> tuple[Any, Any]:
@@ -135,16 +167,37 @@ def _by_transforms(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Li
 
     function = torch.func.grad(first, has_aux=True) if gradient else of_tensors
     outputs, pullback, tensors = torch.func.vjp(function, list(leaves), has_aux=True)
+
     def linear(pullback: Callable[..., Any]) -> Callable[..., Leaves]:
         one = lambda us: pullback(us)[0]
-        return lambda us, many=False, last=False: (torch.func.vmap(one) if many else one)(list(us))
+
+        def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
+            if not many:
+                return one(list(us))
+            try:
+                return torch.func.vmap(one)(list(us))
+            except RuntimeError:  # an operation (eigh, svd, ...) whose derivative torch cannot batch
+                if transforming():
+                    raise
+                return _looped(one, us)
+
+        return apply
 
     pull = linear(pullback)
     return Linearised(outputs, restore(tensors), pull, lambda us: linear(torch.func.vjp(pull, us)[1]), True)
 
 
+def _looped(one: Callable[[Leaves], Leaves], us: Leaves) -> Leaves:
+    rows = [one(list(row)) for row in zip(*us, strict=True)]
+    return [torch.stack(leaf) for leaf in zip(*rows, strict=True)]
+
+
 def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Linearised:
-    """A kept autograd graph: the fastest eager form, and one that old-style autograd.Functions allow."""
+    """A kept autograd graph: the fastest eager form for one direction at a time.
+
+    Stacked directions go through torch.func, which batches them better, or else one by one: batched
+    in the graph itself (is_grads_batched) they are up to half as fast, and wrong through group_norm.
+    """
     grad_mode = torch.is_grad_enabled()
     with torch.enable_grad():
         if any(map(_requires_grad, leaves)):  # x itself may stand in what f closes over
@@ -154,44 +207,48 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
         outputs, aux, attached = _recorded(f, xs, user, grad_mode)
         if gradient:
             outputs = _backward(outputs, xs, None, create_graph=True)
-
     if not attached and aux is not None:
         aux = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
 
-    def linear(ys: Leaves, xs: Leaves) -> Callable[..., Leaves]:
+    def linear(ys: Leaves, xs: Leaves, stacked: Callable[[Leaves], Leaves]) -> Callable[..., Leaves]:
         def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
+            if many:
+                return stacked(us)
             again = torch.is_grad_enabled() and (attached or any(map(_requires_grad, us)))
-            return _backward(ys, xs, us, many, retain_graph=again or not last, create_graph=again)
+            return _backward(ys, xs, us, retain_graph=again or not last, create_graph=again)
 
         return apply
 
     def transpose(us: Leaves) -> Callable[..., Leaves]:
         us = [u.requires_grad_() for u in us]
-        return linear(_backward(outputs, xs, us, create_graph=True), us)
+        return linear(
+            _backward(outputs, xs, us, create_graph=True), us, lambda vs: batched().push(vs, many=True)
+        )
+
+    @cache
+    def batched() -> Linearised:
+        try:
+            return _by_transforms(f, leaves, gradient)
+        except RuntimeError:  # an old-style autograd.Function
+            by_row = lambda apply: lambda us, many=False, last=False: _looped(apply, us)
+            return replace(line, pull=by_row(line.pull), transpose=lambda us: by_row(line.transpose(us)))
 
     shown = outputs if attached or gradient else [y.detach() for y in outputs]
-    return Linearised(shown, aux, linear(outputs, xs), transpose, attached)
+    pull = linear(outputs, xs, lambda us: batched().pull(us, many=True))
+    line = Linearised(shown, aux, pull, transpose, attached)
+    return line
 
 
-def _backward(
-    outputs: Leaves, xs: Leaves, us: Leaves | None, many: bool = False, **options: bool
-) -> list[Any]:
-    """torch.autograd.grad with zeros for what does not depend on xs; stacked cotangents if `many`."""
-    lead = us[0].shape[:1] if us is not None and many else ()
+def _backward(outputs: Leaves, xs: Leaves, us: Leaves | None, **options: bool) -> list[Any]:
+    """torch.autograd.grad with zeros for what does not depend on xs."""
     kept = [i for i, y in enumerate(outputs) if y.requires_grad]
     if len(kept) < len(outputs):  # constant outputs have no graph
         outputs = [outputs[i] for i in kept]
         us = None if us is None else [us[i] for i in kept]
         if not kept:
-            return [x.new_zeros(*lead, *x.shape) for x in xs]
-    try:
-        grads = torch.autograd.grad(outputs, xs, us, allow_unused=True, is_grads_batched=many, **options)
-    except RuntimeError:  # an operation (eigh, svd, unfold, ...) whose derivative torch cannot batch
-        if us is None or not many:
-            raise
-        rows = [_backward(outputs, xs, row, **options) for row in zip(*us, strict=True)]
-        return [torch.stack(leaf) for leaf in zip(*rows, strict=True)]
-    return [x.new_zeros(*lead, *x.shape) if g is None else g for g, x in zip(grads, xs, strict=True)]
+            return [torch.zeros_like(x) for x in xs]
+    grads = torch.autograd.grad(outputs, xs, us, allow_unused=True, **options)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
 
 # What the first call of a function taught: the repairs that its operations need.
@@ -202,7 +259,7 @@ def _recorded(f: Function, xs: Leaves, user: Any, grad_mode: bool) -> tuple[Leav
     """Run `f` with the repairs it needs, and say whether its graph reaches tensors other than `xs`.
 
     Such a result can be differentiated again, which some faulty operations do not survive; then, and
-    where an operation is faulty at second order already, `f` runs again in repaired form.
+    where an operation has no second derivative, `f` runs again in repaired form.
     """
     level = _learned_level(user)
     met, (outputs, aux) = _run(f, xs, level)
@@ -211,7 +268,7 @@ def _recorded(f: Function, xs: Leaves, user: Any, grad_mode: bool) -> tuple[Leav
     needed = level
     if attached and not names.isdisjoint(FAULTY_BEYOND_SECOND):
         needed = Level.ALL
-    elif not names.isdisjoint(FAULTY_AT_SECOND):
+    elif not names.isdisjoint(WITHOUT_SECOND):
         needed = Level.TRANSFORMS
     elif level is Level.TRANSFORMS and not met:
         _remember(user, Level.NONE)

@@ -40,7 +40,7 @@ class Repair(TorchFunctionMode):
         right = RIGHT_FORMS.get(func)
         if right is not None:
             self.met = True
-            if self.level == Level.ALL or func in AT_SECOND or transforming():
+            if self.level == Level.ALL or transforming():
                 return right(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -104,25 +104,11 @@ def instance_norm(
     cudnn_enabled: bool = True,
 ) -> Tensor:
     if not use_input_stats:
-        return functional.instance_norm(
-            input, running_mean, running_var, weight, bias, False, momentum, eps
-        )
+        return functional.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     dims = tuple(range(2, input.ndim))
     if running_mean is not None or running_var is not None:
         functional.instance_norm(input.detach(), running_mean, running_var, momentum=momentum)
     return _affine(_standardised(input, dims, eps), weight, bias)
-
-
-def group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    grouped = input.reshape(input.shape[0], num_groups, -1)
-    return _affine(_standardised(grouped, (-1,), eps).reshape(input.shape), weight, bias)
 
 
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -226,8 +212,6 @@ RIGHT_FORMS: dict[Any, Callable[..., Any]] = {
     torch.batch_norm: batch_norm,
     functional.instance_norm: instance_norm,
     torch.instance_norm: instance_norm,
-    functional.group_norm: group_norm,
-    torch.group_norm: group_norm,
     torch.det: det,
     torch.linalg.det: det,
     Tensor.det: det,
@@ -241,9 +225,6 @@ RIGHT_FORMS: dict[Any, Callable[..., Any]] = {
     torch.linalg.tensorsolve: tensorsolve,
 }
 
-# Faulty already where a second derivative is batched over directions: repaired at every level.
-AT_SECOND = frozenset({functional.group_norm, torch.group_norm})
-
 # The same operations as they appear in a recorded autograd graph.
 FAULTY_BEYOND_SECOND = frozenset(
     {
@@ -256,9 +237,8 @@ FAULTY_BEYOND_SECOND = frozenset(
         "LinalgSolveExBackward0",
     }
 )
-FAULTY_AT_SECOND = frozenset(
+WITHOUT_SECOND = frozenset(
     {
-        "NativeGroupNormBackward0",
         "ScaledDotProductFlashAttentionForCpuBackward0",
         "ScaledDotProductFlashAttentionBackward0",
         "ScaledDotProductEfficientAttentionBackward0",

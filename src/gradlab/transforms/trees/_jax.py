@@ -27,7 +27,9 @@ class Tree:
         self.places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
         self.leaves: Leaves = [jnp.asarray(leaves[i]) for i in self.places]
         if any(_is_complex(leaf) for leaf in leaves):
-            raise KindError(f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts")
+            raise KindError(
+                f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts"
+            )
         if not self.leaves:
             kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
             raise KindError(f"{op}: {name} holds no float array to differentiate (only {kinds}); convert it")

@@ -37,7 +37,9 @@ class Tree:
         self.places = [i for i, leaf in enumerate(self.all) if _is_float(leaf)]
         self.leaves: Leaves = [self.all[i] for i in self.places]
         if any(_is_complex(leaf) for leaf in self.all):
-            raise KindError(f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts")
+            raise KindError(
+                f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts"
+            )
         if not self.leaves:
             kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
             raise KindError(f"{op}: {name} holds no float tensor to differentiate (only {kinds}); convert it")
@@ -92,7 +94,11 @@ class Tree:
         ]
         lead = leaves[0].shape[:1] if batch else ()
         for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):
-            if leaf.shape != (lead + x.shape if batch else x.shape) or batch and leaf.numel() == 0 < x.numel():
+            if (
+                leaf.shape != (lead + x.shape if batch else x.shape)
+                or batch
+                and leaf.numel() == 0 < x.numel()
+            ):
                 raise InputError(
                     f"{self.op}: {self.leaf_name(i, name)} has shape {tuple(leaf.shape)}, {self.leaf_name(i)} has shape "
                     f"{tuple(x.shape)}; pass "
@@ -126,7 +132,9 @@ class Tree:
 
     def read(self, v: Any, name: str = "v", batch: bool = False) -> tuple[Leaves, Callable[..., Any]]:
         """The leaves of a direction given as a tree or as a flat vector, and how to shape a result alike."""
-        vector = isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim == 1 + batch and v.shape[-1] == self.size
+        vector = (
+            isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim == 1 + batch and v.shape[-1] == self.size
+        )
         if vector and not (self.spec is LEAF and self.shapes == [(self.size,)]):
             return self.split(as_tensor(v)), Tree.ravel
         return self.direction(v, name, batch), Tree.like
