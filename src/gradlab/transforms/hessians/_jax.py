@@ -7,7 +7,14 @@ import jax
 
 from gradlab._errors import InputError
 from gradlab.transforms.hessians import Strategy
-from gradlab.transforms.linearised._jax import gradient_of, in_chunks, is_traced, linearise, over_basis
+from gradlab.transforms.linearised._jax import (
+    gradient_of,
+    in_chunks,
+    is_traced,
+    linearise,
+    over_basis,
+    second_order_chunk,
+)
 from gradlab.transforms.operators import LinearOperator, check_chunk_size, check_fits
 from gradlab.transforms.trees._jax import Tree, nested, scalar_function, tree_function
 
@@ -51,7 +58,9 @@ def hessian(
     check_fits("hessian", (tree.size, tree.size), tree)
     gradient = linearise(scalar_function("hessian", f, tree, args, has_aux), tree.leaves, gradient=True)
     traced = is_traced(gradient.outputs)
-    rows = over_basis(tree.size, lambda i: gradient.push(tree.unit(i)), chunk_size, traced)
+    rows = over_basis(
+        tree.size, lambda i: gradient.push(tree.unit(i)), second_order_chunk(chunk_size), traced
+    )
     H = nested(tree, tree, rows)
     return (H, gradient.aux) if has_aux else H
 
@@ -67,7 +76,7 @@ def hessian_diagonal(
     )
     traced = is_traced(gradient.outputs)
     entry = lambda i: tree.ravel(gradient.push(tree.unit(i)))[i]
-    diagonal = tree.like(tree.split(over_basis(tree.size, entry, chunk_size, traced)))
+    diagonal = tree.like(tree.split(over_basis(tree.size, entry, second_order_chunk(chunk_size), traced)))
     return (diagonal, gradient.aux) if has_aux else diagonal
 
 
@@ -88,7 +97,7 @@ def _symmetric(tree: Tree, apply: Callable[..., Any], chunk_size: int | None, au
         tree,
         tree,
         jax.jit(apply),
-        jax.jit(lambda V, chunk: in_chunks(apply, V, chunk), static_argnums=1),
+        jax.jit(lambda V, chunk: in_chunks(apply, V, second_order_chunk(chunk)), static_argnums=1),
         lambda: operator,
         chunk_size=chunk_size,
         aux=aux,

@@ -33,6 +33,7 @@ class Tree:
         if not self.leaves:
             kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
             raise KindError(f"{op}: {name} holds no float array to differentiate (only {kinds}); convert it")
+        self.forms = list(map(_form, self.leaves))
         self.shapes = [leaf.shape for leaf in self.leaves]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.size = sum(self.sizes)
@@ -62,6 +63,8 @@ class Tree:
                 f"{self.op}: {name} has the structure {spec}, {self.name} has {self.spec}; "
                 f"pass a direction with the structure of {self.name}"
             )
+        if not batch and list(map(_form, leaves)) == self.forms:
+            return leaves
         leaves = [
             leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, x.dtype)
             for leaf, x in zip(leaves, self.leaves, strict=True)
@@ -212,6 +215,10 @@ def refuse_constants(op: str, y: Tree) -> None:
             f"{op}: f must return float arrays alone; "
             "return anything else as aux: (value, aux), with has_aux=True"
         )
+
+
+def _form(leaf: Any) -> tuple[Any, ...] | None:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else None
 
 
 def _is_float(leaf: Any) -> bool:
