@@ -13,7 +13,8 @@ from gradlab.transforms.linearised._jax import (
     is_traced,
     linearise,
     over_basis,
-    second_order_chunk,
+    pulls,
+    second_order,
 )
 from gradlab.transforms.operators import LinearOperator, check_chunk_size, check_fits
 from gradlab.transforms.trees._jax import Tree, nested, scalar_function, tree_function
@@ -58,9 +59,7 @@ def hessian(
     check_fits("hessian", (tree.size, tree.size), tree)
     gradient = linearise(scalar_function("hessian", f, tree, args, has_aux), tree.leaves, gradient=True)
     traced = is_traced(gradient.outputs)
-    rows = over_basis(
-        tree.size, lambda i: gradient.push(tree.unit(i)), second_order_chunk(chunk_size), traced
-    )
+    rows = over_basis(tree.size, lambda i: gradient.push(tree.unit(i)), second_order(chunk_size), traced)
     H = nested(tree, tree, rows)
     return (H, gradient.aux) if has_aux else H
 
@@ -76,7 +75,7 @@ def hessian_diagonal(
     )
     traced = is_traced(gradient.outputs)
     entry = lambda i: tree.ravel(gradient.push(tree.unit(i)))[i]
-    diagonal = tree.like(tree.split(over_basis(tree.size, entry, second_order_chunk(chunk_size), traced)))
+    diagonal = tree.like(tree.split(over_basis(tree.size, entry, second_order(chunk_size), traced)))
     return (diagonal, gradient.aux) if has_aux else diagonal
 
 
@@ -89,15 +88,22 @@ def hessian_operator(
     gradient = linearise(
         scalar_function("hessian_operator", f, tree, args, has_aux), tree.leaves, gradient=True
     )
-    return _symmetric(tree, gradient.push, chunk_size, gradient.aux)
+    at_once = lambda chunk: second_order(chunk).compiled
+    return _symmetric(tree, gradient.push, at_once, chunk_size, gradient.aux)
 
 
-def _symmetric(tree: Tree, apply: Callable[..., Any], chunk_size: int | None, aux: Any) -> LinearOperator:
+def _symmetric(
+    tree: Tree,
+    apply: Callable[..., Any],
+    at_once: Callable[[int | None], int],
+    chunk_size: int | None,
+    aux: Any,
+) -> LinearOperator:
     operator = LinearOperator(
         tree,
         tree,
         jax.jit(apply),
-        jax.jit(lambda V, chunk: in_chunks(apply, V, second_order_chunk(chunk)), static_argnums=1),
+        jax.jit(lambda V, chunk: in_chunks(apply, V, at_once(chunk)), static_argnums=1),
         lambda: operator,
         chunk_size=chunk_size,
         aux=aux,
@@ -141,4 +147,5 @@ def ggn_operator(
         scalar_function("ggn_operator", loss, output(line.outputs), (), False), line.outputs, gradient=True
     )
     apply = lambda vs: line.pull(curvature.push(line.push(vs)))
-    return _symmetric(tree, apply, chunk_size, line.aux)
+    at_once = lambda chunk: min(second_order(chunk).compiled, pulls(chunk, tree.dtype).compiled)
+    return _symmetric(tree, apply, at_once, chunk_size, line.aux)

@@ -7,8 +7,15 @@ import jax
 
 from gradlab._errors import InputError
 from gradlab.transforms.jacobians import Mode
-from gradlab.transforms.linearised._jax import in_chunks, is_traced, linearise, over_basis
-from gradlab.transforms.operators import DIRECTIONS, LinearOperator, check_chunk_size, check_fits
+from gradlab.transforms.linearised._jax import (
+    in_chunks,
+    is_traced,
+    linearise,
+    over_basis,
+    pulls,
+    pushes,
+)
+from gradlab.transforms.operators import LinearOperator, check_chunk_size, check_fits
 from gradlab.transforms.trees._jax import Tree, nested, nested_columns, tree_function
 
 
@@ -30,11 +37,13 @@ def jacobian(
     y = output(line.outputs)
     check_fits("jacobian", (y.size, tree.size), tree)
     traced = is_traced(line.outputs)
+    pulled = pulls(chunk_size, y.dtype)
+    pushed = pushes(chunk_size) if line.forward else pulled
     if mode == "forward" or mode == "auto" and tree.size < y.size:
-        columns = over_basis(tree.size, lambda i: line.push(tree.unit(i)), chunk_size or DIRECTIONS, traced)
+        columns = over_basis(tree.size, lambda i: line.push(tree.unit(i)), pushed, traced)
         J = nested_columns(y, tree, columns)
     else:
-        rows = over_basis(y.size, lambda i: line.pull(y.unit(i)), chunk_size or DIRECTIONS, traced)
+        rows = over_basis(y.size, lambda i: line.pull(y.unit(i)), pulled, traced)
         J = nested(y, tree, rows)
     return (J, line.aux) if has_aux else J
 
@@ -48,8 +57,10 @@ def jacobian_operator(
     function, output = tree_function("jacobian_operator", f, tree, args, has_aux)
     line = linearise(function, tree.leaves)
     y = output(line.outputs)
-    push = jax.jit(lambda V, chunk: in_chunks(line.push, V, chunk or DIRECTIONS), static_argnums=1)
-    pull = jax.jit(lambda U, chunk: in_chunks(line.pull, U, chunk or DIRECTIONS), static_argnums=1)
+    pulled = lambda chunk: pulls(chunk, y.dtype).compiled
+    pushed = lambda chunk: pushes(chunk).compiled if line.forward else pulled(chunk)
+    push = jax.jit(lambda V, chunk: in_chunks(line.push, V, pushed(chunk)), static_argnums=1)
+    pull = jax.jit(lambda U, chunk: in_chunks(line.pull, U, pulled(chunk)), static_argnums=1)
     kept = {"chunk_size": chunk_size, "aux": line.aux}
     J = LinearOperator(tree, y, jax.jit(line.push), push, lambda: transposed, **kept)
     transposed = LinearOperator(y, tree, jax.jit(line.pull), pull, lambda: J, **kept)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ class Linearised:
     aux: Any
     push: Callable[[Leaves], Leaves]
     pull: Callable[[Leaves], Leaves]
+    forward: bool = True  # whether push is forward mode, not the pullback transposed
 
 
 def linearise(f: Function, leaves: Leaves, *, gradient: bool = False) -> Linearised:
@@ -43,7 +44,7 @@ def linearise(f: Function, leaves: Leaves, *, gradient: bool = False) -> Lineari
             raise
     outputs, pullback, aux = jax.vjp(f, leaves, has_aux=True)
     pull = lambda us: pullback(list(us))[0]
-    return Linearised(outputs, aux, transposed(pull, outputs), pull)
+    return Linearised(outputs, aux, transposed(pull, outputs), pull, forward=False)
 
 
 def transposed(linear: Callable[[Leaves], Leaves], at: Leaves) -> Callable[[Leaves], Leaves]:
@@ -61,32 +62,53 @@ def gradient_of(f: Function) -> Callable[[Leaves], tuple[Leaves, Any]]:
     return jax.grad(first, has_aux=True)
 
 
-def over_basis(n: int, apply: Callable[[Any], Any], chunk: int, traced: bool) -> Any:
+class Chunk(NamedTuple):
+    """Directions at once, in compiled and in eager code; None: a compiled loop there too."""
+
+    compiled: int
+    eager: int | None
+
+
+def pushes(chunk_size: int | None) -> Chunk:
+    """First-order forward products are small enough to be batched everywhere."""
+    return Chunk(chunk_size or DIRECTIONS, chunk_size or DIRECTIONS)
+
+
+def second_order(chunk_size: int | None) -> Chunk:
+    """Compiled for a CPU one after the other, on an accelerator and in eager code many.
+
+    A CPU's caches hold one direction's intermediates and not many: 1.2-1.6 gradients a direction against
+    1.6-2.0 batched.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return Chunk(chunk_size or (1 if on_cpu else DIRECTIONS), chunk_size or DIRECTIONS)
+
+
+def pulls(chunk_size: int | None, dtype: Any) -> Chunk:
+    """Never batched on a CPU below float64: XLA compiles a batched pullback through a norm wrongly there."""
+    if jax.default_backend() == "cpu" and jnp.finfo(dtype).bits < 64:
+        return Chunk(1, None)
+    return pushes(chunk_size)
+
+
+def over_basis(n: int, apply: Callable[[Any], Any], chunk: Chunk, traced: bool) -> Any:
     """`apply(i)` for the unit directions i = 0 ... n - 1, stacked: a chunk of them at a time.
 
-    Compiled code loops (jax.lax.map); eager code runs jax.vmap, which does not compile anew at each call.
+    Compiled code loops (jax.lax.map); eager code runs jax.vmap where it may, since a loop compiles anew at
+    each call.
     """
-    if traced:
-        return in_chunks(apply, jnp.arange(n), chunk)
-    chunk = max(chunk, min(n, DIRECTIONS)) if chunk == 1 else chunk
-    parts = [jax.vmap(apply)(jnp.arange(i, min(i + chunk, n))) for i in range(0, n, chunk)]
+    if traced or chunk.eager is None:
+        return in_chunks(apply, jnp.arange(n), chunk.compiled)
+    starts = range(0, n, chunk.eager)
+    parts = [jax.vmap(apply)(jnp.arange(i, min(i + chunk.eager, n))) for i in starts]
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaf: jnp.concatenate(leaf), *parts)
 
 
 def in_chunks(apply: Callable[[Any], Any], stacked: Any, chunk: int) -> Any:
     """`apply` over a leading axis, at most `chunk` entries at once."""
-    if chunk >= jax.tree.leaves(stacked)[0].shape[0]:
+    if 1 < chunk >= jax.tree.leaves(stacked)[0].shape[0]:
         return jax.vmap(apply)(stacked)
     return jax.lax.map(apply, stacked, batch_size=None if chunk == 1 else chunk)
-
-
-def second_order_chunk(chunk_size: int | None) -> int:
-    """Second-order products at once: on a CPU one after the other, on an accelerator many.
-
-    A CPU's caches hold one direction's intermediates and not many: 1.2-1.6 gradients a direction against
-    1.6-2.0 batched. First-order products are small enough to be batched everywhere.
-    """
-    return chunk_size or (1 if jax.default_backend() == "cpu" else DIRECTIONS)
 
 
 def is_traced(leaves: Leaves) -> bool:
