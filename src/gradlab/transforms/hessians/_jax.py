@@ -99,16 +99,15 @@ def _symmetric(
     chunk_size: int | None,
     aux: Any,
 ) -> LinearOperator:
-    operator = LinearOperator(
+    return LinearOperator(
         tree,
         tree,
         jax.jit(apply),
         jax.jit(lambda V, chunk: in_chunks(apply, V, at_once(chunk)), static_argnums=1),
-        lambda: operator,
+        lambda H: H,
         chunk_size=chunk_size,
         aux=aux,
     )
-    return operator
 
 
 def ggn_vp(

@@ -13,9 +13,10 @@ from gradlab.transforms.linearised._torch import (
     linearise_along,
     materialised,
     over_basis,
+    product_of_gradient,
     tensors_only,
 )
-from gradlab.transforms.operators import LinearOperator, check_chunk_size, check_fits
+from gradlab.transforms.operators import DIRECTIONS, LinearOperator, check_chunk_size, check_fits
 from gradlab.transforms.repairs._torch import repaired
 from gradlab.transforms.trees._torch import Tree, nested, scalar_function, tree_function
 
@@ -28,8 +29,7 @@ def hvp(
     vs = tree.direction(v)
     function = scalar_function("hvp", f, tree, args, has_aux)
     if strategy in ("auto", "reverse_over_reverse"):
-        gradient = linearise(function, tree.leaves, f, gradient=True)
-        product, aux = gradient.pull(vs, last=True), gradient.aux
+        product, aux = product_of_gradient(function, tree.leaves, f, vs)
     else:
         product, aux = _by_forward(function, tree.leaves, vs, strategy)
     return (tree.like(product), aux) if has_aux else tree.like(product)
@@ -71,7 +71,7 @@ def hessian(
     gradient = linearise(
         scalar_function("hessian", f, tree, args, has_aux), tree.leaves, f, gradient=True, many=True
     )
-    rows = over_basis(tree, gradient.pull, chunk_size)
+    rows = over_basis(tree, gradient.pull, chunk_size or DIRECTIONS)
     H = nested(tree, tree, [tree.stack(leaf) for leaf in zip(*(part for _, part in rows), strict=True)])
     return (H, gradient.aux) if has_aux else H
 
@@ -85,7 +85,7 @@ def hessian_diagonal(
     gradient = linearise(
         scalar_function("hessian_diagonal", f, tree, args, has_aux), tree.leaves, f, gradient=True, many=True
     )
-    parts = [tree.ravel(rows).diagonal(start) for start, rows in over_basis(tree, gradient.pull, chunk_size)]
+    parts = [tree.ravel(rows).diagonal(start) for start, rows in over_basis(tree, gradient.pull, chunk_size or DIRECTIONS)]
     diagonal = tree.like(tree.split(tree.stack(parts)))
     return (diagonal, gradient.aux) if has_aux else diagonal
 
@@ -103,16 +103,15 @@ def hessian_operator(
 
 
 def _symmetric(tree: Tree, apply: Callable[..., Any], chunk_size: int | None, aux: Any) -> LinearOperator:
-    operator = LinearOperator(
+    return LinearOperator(
         tree,
         tree,
         apply,
         lambda V, chunk: in_chunks(apply, V, chunk),
-        lambda: operator,
+        lambda H: H,
         chunk_size=chunk_size,
         aux=aux,
     )
-    return operator
 
 
 def ggn_vp(
@@ -128,10 +127,9 @@ def ggn_vp(
     vs = tree.direction(v)
     function, output = tree_function("ggn_vp", model, tree, args, has_aux)
     line, Jv = linearise_along(function, tree.leaves, model, vs)
-    curvature = linearise(
-        scalar_function("ggn_vp", loss, output(line.outputs), (), False), line.outputs, loss, gradient=True
-    )
-    product = tree.like(line.pull(curvature.pull(Jv, last=True), last=True))
+    outer = scalar_function("ggn_vp", loss, output(line.outputs), (), False)
+    curved, _ = product_of_gradient(outer, line.outputs, loss, Jv)
+    product = tree.like(line.pull(curved, last=True))
     return (product, line.aux) if has_aux else product
 
 

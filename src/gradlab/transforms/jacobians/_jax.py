@@ -62,6 +62,6 @@ def jacobian_operator(
     push = jax.jit(lambda V, chunk: in_chunks(line.push, V, pushed(chunk)), static_argnums=1)
     pull = jax.jit(lambda U, chunk: in_chunks(line.pull, U, pulled(chunk)), static_argnums=1)
     kept = {"chunk_size": chunk_size, "aux": line.aux}
-    J = LinearOperator(tree, y, jax.jit(line.push), push, lambda: transposed, **kept)
-    transposed = LinearOperator(y, tree, jax.jit(line.pull), pull, lambda: J, **kept)
-    return J
+    one = jax.jit(line.pull)
+    transposed = lambda J: LinearOperator(y, tree, one, pull, lambda _: J, **kept)
+    return LinearOperator(tree, y, jax.jit(line.push), push, transposed, **kept)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 from gradlab._errors import InputError
 from gradlab.transforms.jacobians import Mode
 from gradlab.transforms.linearised._torch import in_chunks, linearise, over_basis, pushforward
-from gradlab.transforms.operators import LinearOperator, check_chunk_size, check_fits
+from gradlab.transforms.operators import DIRECTIONS, PUSHES, LinearOperator, check_chunk_size, check_fits
 from gradlab.transforms.trees._torch import Tree, nested, nested_columns, tree_function
 
 
@@ -28,10 +28,11 @@ def jacobian(
     y = output(line.outputs)
     check_fits("jacobian", (y.size, tree.size), tree)
     if mode == "forward" or mode == "auto" and tree.size < y.size:
-        columns = [part for _, part in over_basis(tree, pushforward(function, tree.leaves, line), chunk_size)]
+        push = pushforward(function, tree.leaves, line)
+        columns = [part for _, part in over_basis(tree, push, chunk_size or PUSHES)]
         J = nested_columns(y, tree, [tree.stack(leaf) for leaf in zip(*columns, strict=True)])
     else:
-        rows = [part for _, part in over_basis(y, line.pull, chunk_size)]
+        rows = [part for _, part in over_basis(y, line.pull, chunk_size or DIRECTIONS)]
         J = nested(y, tree, [tree.stack(leaf) for leaf in zip(*rows, strict=True)])
     return (J, line.aux) if has_aux else J
 
@@ -46,10 +47,7 @@ def jacobian_operator(
     line = linearise(function, tree.leaves, f)
     y = output(line.outputs)
     kept = {"chunk_size": chunk_size, "aux": line.aux}
-    J = LinearOperator(
-        tree, y, line.push, lambda V, chunk: in_chunks(line.push, V, chunk), lambda: transposed, **kept
-    )
-    transposed = LinearOperator(
-        y, tree, line.pull, lambda U, chunk: in_chunks(line.pull, U, chunk), lambda: J, **kept
-    )
-    return J
+    push = lambda V, chunk: in_chunks(line.push, V, chunk)
+    pull = lambda U, chunk: in_chunks(line.pull, U, chunk)
+    transposed = lambda J: LinearOperator(y, tree, line.pull, pull, lambda _: J, **kept)
+    return LinearOperator(tree, y, line.push, push, transposed, **kept)

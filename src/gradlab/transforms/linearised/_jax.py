@@ -30,26 +30,28 @@ class Linearised:
 def linearise(f: Function, leaves: Leaves, *, gradient: bool = False) -> Linearised:
     """Linearise `f(leaves) -> (outputs, aux)`, or with `gradient=True` the gradient of its one output.
 
-    By jax.linearize, and by jax.vjp where a `jax.custom_vjp` inside f refuses forward mode.
+    Where a `jax.custom_vjp` inside f has no forward mode, the pushforward is the pullback transposed.
     """
     leaves = list(leaves)
+    outputs, push, aux = jax.linearize(gradient_of(f) if gradient else f, leaves, has_aux=True)
     if gradient:
-        outputs, push, aux = jax.linearize(gradient_of(f), leaves, has_aux=True)
         return Linearised(outputs, aux, push, push)
-    try:
-        outputs, push, aux = jax.linearize(f, leaves, has_aux=True)
-        return Linearised(outputs, aux, push, transposed(push, leaves))
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-    outputs, pullback, aux = jax.vjp(f, leaves, has_aux=True)
-    pull = lambda us: pullback(list(us))[0]
-    return Linearised(outputs, aux, transposed(pull, outputs), pull, forward=False)
+    pull = transposed(push, leaves)
+    forward = not has_primitive("custom_lin", jax.make_jaxpr(push)(leaves).jaxpr)
+    return Linearised(outputs, aux, push if forward else transposed(pull, outputs), pull, forward)
 
 
 def transposed(linear: Callable[[Leaves], Leaves], at: Leaves) -> Callable[[Leaves], Leaves]:
     """The transpose of a linear function of leaves like `at`."""
     return lambda us: jax.linear_transpose(linear, list(at))(list(us))[0]
+
+
+def has_primitive(name: str, jaxpr: Any) -> bool:
+    """Whether an operation of that name stands in a jaxpr, at any depth."""
+    inner = (sub for eqn in jaxpr.eqns for p in eqn.params.values() for sub in jax.tree.leaves(p))
+    return any(eqn.primitive.name == name for eqn in jaxpr.eqns) or any(
+        has_primitive(name, getattr(sub, "jaxpr", sub)) for sub in inner if hasattr(sub, "jaxpr") or hasattr(sub, "eqns")
+    )
 
 
 def gradient_of(f: Function) -> Callable[[Leaves], tuple[Leaves, Any]]:

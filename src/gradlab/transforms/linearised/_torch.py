@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -12,10 +12,12 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from gradlab._errors import StrategyError
 from gradlab.transforms.operators import DIRECTIONS
 from gradlab.transforms.repairs._torch import (
-    WITHOUT_SECOND,
     FAULTY_BEYOND_SECOND,
+    UNREPAIRABLE,
+    WITHOUT_SECOND,
     Level,
     Repair,
     repaired,
@@ -41,6 +43,7 @@ class Linearised:
     pull: Callable[..., Leaves]
     transpose: Callable[[Leaves], Callable[..., Leaves]]
     attached: bool  # whether the results can be differentiated again
+    faulty: bool = True  # whether f may call operations that are repaired
     transposed: Callable[..., Leaves] | None = None  # made at the first push
 
     def push(self, vs: Leaves, many: bool = False) -> Leaves:
@@ -59,12 +62,18 @@ def linearise(
     """
     if transforming():
         return _by_transforms(f, leaves, gradient)
-    if many:
-        try:
-            return _by_transforms(f, leaves, gradient)
-        except RuntimeError:  # an operation that torch.func does not take: an old-style autograd.Function
-            pass
-    return _by_graph(f, leaves, user, gradient)
+    line = _batched(f, leaves, gradient) if many else None
+    return line or _by_graph(f, leaves, user, gradient)
+
+
+def product_of_gradient(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple[Leaves, Any]:
+    """H v and aux for one direction, after which nothing is kept."""
+    if transforming():
+        line = _by_transforms(f, leaves, gradient=True)
+        return line.pull(vs), line.aux
+    xs, gradient, aux, attached = _recorded(f, leaves, user, True)
+    again = attached or torch.is_grad_enabled() and any(map(_requires_grad, vs))
+    return _backward(gradient, xs, vs, create_graph=again), aux
 
 
 def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple[Linearised, Leaves]:
@@ -95,18 +104,14 @@ def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple
 
 def pushforward(f: Function, leaves: Leaves, line: Linearised) -> Callable[..., Leaves]:
     """J v for stacked tangents: by batched forward mode on the same terms as `linearise_along`."""
-
-    def one(vs: Leaves) -> Leaves:
-        outputs, _ = repaired(f)([forward_ad.make_dual(x, v) for x, v in zip(leaves, vs, strict=True)])
-        pairs = [forward_ad.unpack_dual(y) for y in outputs]
-        return [torch.zeros_like(y) if t is None else t for y, t in pairs]
+    right = repaired(f) if line.faulty else f
+    one = lambda vs: torch.func.jvp(lambda xs: right(xs)[0], (list(leaves),), (vs,))[1]
 
     def push(vs: Leaves, many: bool = True) -> Leaves:
         if not transforming() and not any(map(_requires_grad, line.outputs)):
             try:
-                with forward_ad.dual_level():
-                    return torch.func.vmap(one)(list(vs))
-            except (NotImplementedError, RuntimeError):
+                return torch.func.vmap(one)(list(vs))
+            except RuntimeError:  # an operation without forward mode
                 pass
         return line.push(vs, many=True)
 
@@ -119,11 +124,8 @@ def materialised(tensor: Any) -> Any:
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if zero else tensor
 
 
-def over_basis(
-    tree: Any, apply: Callable[..., Leaves], chunk_size: int | None
-) -> Iterator[tuple[int, Leaves]]:
+def over_basis(tree: Any, apply: Callable[..., Leaves], chunk: int) -> Iterator[tuple[int, Leaves]]:
     """A start, and the products with the unit directions from there on: a chunk at a time."""
-    chunk = chunk_size or min(tree.size, DIRECTIONS)
     for start in range(0, tree.size, chunk):
         yield start, apply(tree.basis(start, min(start + chunk, tree.size)), many=True)
 
@@ -159,7 +161,8 @@ def tensors_only(f: Callable[..., tuple[Any, Any]]) -> tuple[Callable[..., Any],
 
 def _by_transforms(f: Function, leaves: Leaves, gradient: bool) -> Linearised:
     """torch.func: reverse over reverse, right under vmap, grad, jvp and torch.compile, and batched."""
-    of_tensors, restore = tensors_only(repaired(f))
+    repair = Repair(Level.ALL)
+    of_tensors, restore = tensors_only(repaired(f, repair))
 
     def first(xs: Leaves) -> tuple[Any, Any]:
         (y,), aux = of_tensors(xs)
@@ -184,7 +187,16 @@ def _by_transforms(f: Function, leaves: Leaves, gradient: bool) -> Linearised:
         return apply
 
     pull = linear(pullback)
-    return Linearised(outputs, restore(tensors), pull, lambda us: linear(torch.func.vjp(pull, us)[1]), True)
+    transpose = lambda us: linear(torch.func.vjp(pull, us)[1])
+    return Linearised(outputs, restore(tensors), pull, transpose, attached=True, faulty=repair.met)
+
+
+def _batched(f: Function, leaves: Leaves, gradient: bool) -> Linearised | None:
+    """The same; None where f has what torch.func does not take: an old-style autograd.Function, a while_loop."""
+    try:
+        return _by_transforms(f, leaves, gradient)
+    except (RuntimeError, AssertionError):  # another fault of f is raised again by its next run
+        return None
 
 
 def _looped(one: Callable[[Leaves], Leaves], us: Leaves) -> Leaves:
@@ -198,55 +210,41 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
     Stacked directions go through torch.func, which batches them better, or else one by one: batched
     in the graph itself (is_grads_batched) they are up to half as fast, and wrong through group_norm.
     """
-    grad_mode = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if any(map(_requires_grad, leaves)):  # x itself may stand in what f closes over
-            xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
-        else:
-            xs = [x.detach().requires_grad_() for x in leaves]
-        outputs, aux, attached = _recorded(f, xs, user, grad_mode)
-        if gradient:
-            outputs = _backward(outputs, xs, None, create_graph=True)
-    if not attached and aux is not None:
-        aux = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
+    xs, outputs, aux, attached = _recorded(f, leaves, user, gradient)
 
-    def linear(ys: Leaves, xs: Leaves, stacked: Callable[[Leaves], Leaves]) -> Callable[..., Leaves]:
-        def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
-            if many:
-                return stacked(us)
+    batched = cache(lambda: _batched(f, leaves, gradient))
+
+    def linear(ys: Leaves, xs: Leaves, stacked: Callable[[Linearised, Leaves], Leaves]) -> Callable[..., Leaves]:
+        def one(us: Leaves, last: bool = False) -> Leaves:
             again = torch.is_grad_enabled() and (attached or any(map(_requires_grad, us)))
             return _backward(ys, xs, us, retain_graph=again or not last, create_graph=again)
+
+        def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
+            if not many:
+                return one(us, last)
+            line = batched()
+            return _looped(one, us) if line is None else stacked(line, us)
 
         return apply
 
     def transpose(us: Leaves) -> Callable[..., Leaves]:
         us = [u.requires_grad_() for u in us]
-        return linear(
-            _backward(outputs, xs, us, create_graph=True), us, lambda vs: batched().push(vs, many=True)
-        )
-
-    @cache
-    def batched() -> Linearised:
-        try:
-            return _by_transforms(f, leaves, gradient)
-        except RuntimeError:  # an old-style autograd.Function
-            by_row = lambda apply: lambda us, many=False, last=False: _looped(apply, us)
-            return replace(line, pull=by_row(line.pull), transpose=lambda us: by_row(line.transpose(us)))
+        pulled = _backward(outputs, xs, us, create_graph=True)
+        return linear(pulled, us, lambda line, vs: line.push(vs, many=True))
 
     shown = outputs if attached or gradient else [y.detach() for y in outputs]
-    pull = linear(outputs, xs, lambda us: batched().pull(us, many=True))
-    line = Linearised(shown, aux, pull, transpose, attached)
-    return line
+    pull = linear(outputs, xs, lambda line, us: line.pull(us, many=True))
+    return Linearised(shown, aux, pull, transpose, attached)
 
 
 def _backward(outputs: Leaves, xs: Leaves, us: Leaves | None, **options: bool) -> list[Any]:
     """torch.autograd.grad with zeros for what does not depend on xs."""
-    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
-    if len(kept) < len(outputs):  # constant outputs have no graph
-        outputs = [outputs[i] for i in kept]
-        us = None if us is None else [us[i] for i in kept]
+    if not all(map(_requires_grad, outputs)):  # constant outputs have no graph
+        kept = [i for i, y in enumerate(outputs) if y.requires_grad]
         if not kept:
             return [torch.zeros_like(x) for x in xs]
+        outputs = [outputs[i] for i in kept]
+        us = None if us is None else [us[i] for i in kept]
     grads = torch.autograd.grad(outputs, xs, us, allow_unused=True, **options)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
@@ -255,27 +253,46 @@ def _backward(outputs: Leaves, xs: Leaves, us: Leaves | None, **options: bool) -
 _learned: WeakKeyDictionary[Any, Level] = WeakKeyDictionary()
 
 
-def _recorded(f: Function, xs: Leaves, user: Any, grad_mode: bool) -> tuple[Leaves, Any, bool]:
-    """Run `f` with the repairs it needs, and say whether its graph reaches tensors other than `xs`.
+def _recorded(f: Function, leaves: Leaves, user: Any, gradient: bool) -> tuple[Leaves, Leaves, Any, bool]:
+    """Record the graph of `f`, or of its gradient, from fresh leaves; say whether it reaches other tensors.
 
     Such a result can be differentiated again, which some faulty operations do not survive; then, and
     where an operation has no second derivative, `f` runs again in repaired form.
     """
-    level = _learned_level(user)
-    met, (outputs, aux) = _run(f, xs, level)
-    attached, names = _survey(outputs, xs)
-    attached = attached and grad_mode
-    needed = level
+    grad_mode = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if any(map(_requires_grad, leaves)):  # x itself may stand in what f closes over
+            xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
+        else:
+            xs = [x.detach().requires_grad_() for x in leaves]
+        level = _learned_level(user)
+        met, (outputs, aux) = _run(f, xs, level)
+        attached, names = _survey(outputs, xs)
+        attached = attached and grad_mode
+        needed = _needed(names, attached)
+        if needed > level:
+            _remember(user, needed)
+            _, (outputs, aux) = _run(f, xs, needed)
+        elif level is Level.TRANSFORMS and not (met or needed):
+            _remember(user, Level.NONE)
+        if gradient:
+            outputs = _backward(outputs, xs, None, create_graph=True)
+    if not attached and aux is not None:
+        aux = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
+    return xs, outputs, aux, attached
+
+
+def _needed(names: set[str], attached: bool) -> Level:
+    """The repairs that a graph of these operations needs."""
+    if not names.isdisjoint(UNREPAIRABLE):
+        raise StrategyError(
+            "f runs torch's while_loop, scan, cond or map "
+            f"({', '.join(sorted(names & UNREPAIRABLE))}), whose derivatives torch {torch.__version__} "
+            "gets silently wrong; write it as a Python loop or branch"
+        )
     if attached and not names.isdisjoint(FAULTY_BEYOND_SECOND):
-        needed = Level.ALL
-    elif not names.isdisjoint(WITHOUT_SECOND):
-        needed = Level.TRANSFORMS
-    elif level is Level.TRANSFORMS and not met:
-        _remember(user, Level.NONE)
-    if needed > level:
-        _remember(user, needed)
-        _, (outputs, aux) = _run(f, xs, needed)
-    return outputs, aux, attached
+        return Level.ALL
+    return Level.NONE if names.isdisjoint(WITHOUT_SECOND) else Level.TRANSFORMS
 
 
 def _run(f: Function, xs: Leaves, level: Level) -> tuple[bool, tuple[Leaves, Any]]:
@@ -302,17 +319,16 @@ def _remember(user: Any, level: Level) -> None:
 
 def _survey(outputs: Leaves, xs: Leaves) -> tuple[bool, set[str]]:
     """Whether the graph of `outputs` has leaves other than `xs`, and the names of its operations."""
-    stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen, ends = set(stack), []
-    while stack:
-        node = stack.pop()
-        before = node.next_functions
-        if not before:
+    nodes = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen, ends = {None, *nodes}, []
+    for node in nodes:  # grows meanwhile
+        inputs = node.next_functions
+        if not inputs:
             ends.append(node)
-        for other, _ in before:
-            if other is not None and other not in seen:
+        for other, _ in inputs:
+            if other not in seen:
                 seen.add(other)
-                stack.append(other)
+                nodes.append(other)
     own = set(map(id, xs))
-    attached = any(id(getattr(node, "variable", xs[0])) not in own for node in ends)
-    return attached, set(map(_name, set(map(type, seen))))
+    attached = any(id(getattr(end, "variable", xs[0])) not in own for end in ends)
+    return attached, set(map(_name, set(map(type, nodes))))

@@ -44,7 +44,7 @@ class LinearOperator:
         codomain: Any,
         apply: Callable[[Any], Any],
         apply_many: Callable[[Any, int | None], Any],
-        transposed: Callable[[], LinearOperator],
+        transposed: Callable[[LinearOperator], LinearOperator],
         *,
         chunk_size: int | None = None,
         aux: Any = None,
@@ -59,7 +59,7 @@ class LinearOperator:
     @property
     def T(self) -> LinearOperator:
         """The transposed operator; a symmetric operator is its own."""
-        return self._transposed()
+        return self._transposed(self)
 
     def __matmul__(self, v: Any) -> Any:
         return self.matvec(v)
@@ -135,6 +135,7 @@ class LinearOperator:
 
 # Directions at once where the caller set no chunk_size (measured: docs/decisions.md).
 DIRECTIONS = 256
+PUSHES = 1024  # in torch's forward mode, which keeps no graph
 
 # Bytes of memory of this machine; 2^63 where the system does not say.
 HOST_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**63

@@ -45,11 +45,12 @@ class Repair(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def repaired(f: Callable[..., Any], level: Level = Level.ALL) -> Callable[..., Any]:
+def repaired(f: Callable[..., Any], repair: Repair | None = None) -> Callable[..., Any]:
     """`f` with right forms in place, and attention by its differentiable (MATH) kernel."""
+    repair = repair or Repair(Level.ALL)
 
     def right(*args: Any) -> Any:
-        with sdpa_kernel(SDPBackend.MATH), Repair(level):
+        with sdpa_kernel(SDPBackend.MATH), repair:
             return f(*args)
 
     return right
@@ -244,5 +245,15 @@ WITHOUT_SECOND = frozenset(
         "ScaledDotProductEfficientAttentionBackward0",
         "ScaledDotProductCudnnAttentionBackward0",
         "ScaledDotProductFusedAttentionOverrideableBackward0",
+    }
+)
+# Control flow as operators: their backward loses terms, already at first order for a while_loop.
+UNREPAIRABLE = frozenset(
+    {
+        "WhileLoopAutogradOpBackward",
+        "ScanAutogradOpBackward",
+        "AssociativeScanAutogradOpBackward",
+        "CondAutogradOpBackward",
+        "MapAutogradOpBackward",
     }
 )

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
-from gradlab._errors import InputError, KindError
+from gradlab._errors import InputError, KindError, StrategyError
 
 Leaves = list[Any]
 Function = Callable[[Leaves], tuple[Leaves, Any]]
@@ -18,6 +19,8 @@ class Tree:
     """A torch pytree and its float tensors, in the order of torch's own pytree leaves."""
 
     def __init__(self, op: str, name: str, tree: Any):
+        if not is_compiling() and torch.is_inference_mode_enabled():  # derivatives would be silent zeros
+            raise StrategyError(f"{op}: torch.inference_mode records no derivatives; use torch.no_grad")
         leaves, self.spec = flatten(tree)
         self.op, self.name = op, name
         if set(map(type, leaves)) == {torch.Tensor} and all(map(torch.Tensor.is_floating_point, leaves)):
