@@ -41,7 +41,7 @@ FAULTY = {
     "solve_ex": lambda x: (torch.linalg.solve_ex(x, B).result ** 2).sum(),
     "tensorsolve": lambda x: (torch.linalg.tensorsolve(x.reshape(2, 2, 4), B[:, 0].reshape(2, 2)) ** 2).sum(),
 }
-# Forward mode of these losses raises in torch, and attention has no second derivative at all in its fused form on a CPU.
+# Forward mode of these losses raises in torch; its fused attention has no second derivative on a CPU.
 MISSING = {
     "mse_loss": lambda x: functional.mse_loss(x, W) ** 2,
     "huber_loss": lambda x: functional.huber_loss(x, W, delta=0.7) ** 2,

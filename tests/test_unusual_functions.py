@@ -138,8 +138,10 @@ def test_loops_of_jax():
     import jax
 
     all_right(fw, lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * x, x * 0 + 1))
-    dynamic = lambda x: jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * x), (0, x * 0 + 1))[1]
+    dynamic = lambda x: jax.lax.while_loop(
+        lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * x), (0, x * 0 + 1)
+    )[1]
     J = gradlab.jacobian(dynamic, fw.array(X), mode="forward")
     np.testing.assert_allclose(J, CUBE_JACOBIAN, rtol=1e-12)
-    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work for lax.while_loop"):
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         gradlab.jacobian(dynamic, fw.array(X), mode="reverse")

@@ -78,7 +78,7 @@ def _collect_registered(tree: Any, torch: Any, jax: Any, found: set[str]) -> Non
         jax and jax.tree_util.tree_leaves,
         torch and import_module("torch.utils._pytree").tree_leaves,
     ):
-        leaves = flatten(tree) if flatten else ()
+        leaves: Any = flatten(tree) if flatten else ()
         if len(leaves) != 1 or leaves[0] is not tree:
             for leaf in leaves:
                 if torch is not None and isinstance(leaf, torch.Tensor):

@@ -34,7 +34,9 @@ class Preset(StrEnum):
     paper = "paper"
 
 
-app = typer.Typer(add_completion=False, help="Higher-order derivatives on JAX and PyTorch, checked and measured.")
+app = typer.Typer(
+    add_completion=False, help="Higher-order derivatives on JAX and PyTorch, checked and measured."
+)
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,8 +62,8 @@ def _unit(s: Setup, wrap: Callable[..., Any] = jit) -> Callable[[], Any]:
     return lambda: gradient(s.params)
 
 
-def _calls(table: dict[str, Callable[..., Any]], *args: Any) -> dict[str, Callable[[], Any]]:
-    return {name: (lambda f=f: f(*args)) for name, f in table.items()}
+def _calls(table: Mapping[str, Callable[..., Any]], *args: Any) -> dict[str, Callable[[], Any]]:
+    return {name: partial(f, *args) for name, f in table.items()}
 
 
 def _hvp(s: Setup, mode: str, wrap: Callable[..., Any]) -> Case:
@@ -157,4 +158,4 @@ def _jacobians(s: Setup) -> Iterator[Case]:
         f = lambda z, n=outputs: s.model(unravel(z)).reshape(-1)[:n]
         ours = jit(lambda z, f=f: gradlab.jacobian(f, z))
         hand = _calls({"jacrev": jit(jax.jacrev(f)), "jacfwd": jit(jax.jacfwd(f))}, flat)
-        yield Case(s.name, f"jacobian, {kind}", "compiled", lambda ours=ours: ours(flat), hand, _unit(s))
+        yield Case(s.name, f"jacobian, {kind}", "compiled", partial(ours, flat), hand, _unit(s))

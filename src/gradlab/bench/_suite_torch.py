@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ def _gauss_newton(s: Setup) -> Case:
         return s.named(torch.autograd.grad(y, xs, curved(y, tangent.detach())))
 
     def transforms() -> Any:
-        y, tangent = jvp(model, (s.params,), (s.v,))
+        y, tangent, *_ = jvp(model, (s.params,), (s.v,))
         return vjp(model, s.params)[1](vjp(grad(s.outer), y)[1](tangent)[0])[0]
 
     hand = {"dual numbers and backward": dual, "jvp, vjp": transforms}
@@ -233,7 +234,7 @@ def _dense(s: Setup) -> Iterator[Case]:
     }
     unit = lambda: grad(loss)(flat)
     yield Case(s.name, "hessian", "eager", lambda: gradlab.hessian(loss, flat), hand, unit)
-    diagonals = {name: (lambda f=f: f().diagonal()) for name, f in hand.items()}
+    diagonals = {name: partial(lambda f: f().diagonal(), f) for name, f in hand.items()}
     yield Case(
         s.name, "hessian_diagonal", "eager", lambda: gradlab.hessian_diagonal(loss, flat), diagonals, unit
     )
@@ -246,9 +247,9 @@ def _jacobians(s: Setup) -> Iterator[Case]:
     for outputs, kind in ((1280, "more outputs"), (160, "fewer outputs")):
         f = lambda z, n=outputs: s.model(split(z)).reshape(-1)[:n]
         hand = {
-            "jacrev": lambda f=f: torch.func.jacrev(f)(flat),
-            "jacfwd": lambda f=f: torch.func.jacfwd(f)(flat),
+            "jacrev": partial(torch.func.jacrev(f), flat),
+            "jacfwd": partial(torch.func.jacfwd(f), flat),
         }
         yield Case(
-            s.name, f"jacobian, {kind}", "eager", lambda f=f: gradlab.jacobian(f, flat), hand, _gradient(s)
+            s.name, f"jacobian, {kind}", "eager", partial(gradlab.jacobian, f, flat), hand, _gradient(s)
         )

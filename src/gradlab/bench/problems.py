@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def digits(batch: int, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
 
 def _layers(sizes: tuple[int, ...], rng: np.random.Generator) -> Arrays:
     params = {}
-    for i, (n, m) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (n, m) in enumerate(pairwise(sizes)):
         params[f"b{i}"] = 0.1 * rng.normal(size=m)
         params[f"w{i}"] = rng.normal(size=(n, m)) / np.sqrt(n)
     return dict(sorted(params.items()))
@@ -145,8 +146,13 @@ MEASURED: dict[str, Callable[[], Problem]] = {
 }
 
 
+def _point(x: np.ndarray) -> np.ndarray:
+    """A point that float32 holds exactly, so that one closed form serves every dtype."""
+    return x.astype(np.float32).astype(np.float64)
+
+
 def _rosenbrock() -> Analytic:
-    x = np.random.default_rng(5).normal(size=10)
+    x = _point(np.random.default_rng(5).normal(size=10))
     n = len(x)
     g, H = np.zeros(n), np.zeros((n, n))
     for i in range(n - 1):
@@ -164,30 +170,30 @@ def _hilbert() -> Analytic:
     n = 8
     i = np.arange(n)
     A = 1.0 / (i[:, None] + i + 1)  # condition number 1.5e10
-    x = np.random.default_rng(6).normal(size=n)
+    x = _point(np.random.default_rng(6).normal(size=n))
 
     def f(xp: Any, x: Any) -> Any:
         i = xp.arange(n, dtype=x.dtype) if not hasattr(x, "new_tensor") else xp.arange(n).to(x)
         return x @ ((1.0 / (i[:, None] + i + 1)) @ x) / 2
 
-    return Analytic("hilbert quadratic", f, x, A @ x, A)
+    return Analytic("hilbert", f, x, A @ x, A)
 
 
 def _quartic() -> Analytic:
-    x = np.random.default_rng(7).normal(size=6)
+    x = _point(np.random.default_rng(7).normal(size=6))
     s = x.sum()
     H = np.diag(12 * x**2) + 2 * np.ones((6, 6))
     return Analytic("quartic", lambda xp, x: (x**4).sum() + x.sum() ** 2, x, 4 * x**3 + 2 * s, H)
 
 
 def _logsumexp() -> Analytic:
-    x = 3 * np.random.default_rng(8).normal(size=7)
+    x = _point(3 * np.random.default_rng(8).normal(size=7))
     p = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
     return Analytic("logsumexp", lambda xp, x: xp.log(xp.exp(x).sum()), x, p, np.diag(p) - np.outer(p, p))
 
 
 def _waves() -> Analytic:
-    x = np.random.default_rng(9).normal(size=8)
+    x = _point(np.random.default_rng(9).normal(size=8))
     g, H = np.zeros(8), np.zeros((8, 8))
     for i in range(7):
         a, b = x[i], 2 * x[i + 1]
@@ -201,7 +207,7 @@ def _waves() -> Analytic:
 
 
 def _barrier() -> Analytic:
-    x = np.linspace(0.01, 2.0, 6)
+    x = _point(np.linspace(0.01, 2.0, 6))
     s = 1 + (x**2).sum()
     g = -1 / x + 2 * x / s
     H = np.diag(1 / x**2 + 2 / s) - 4 * np.outer(x, x) / s**2

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from gradlab.bench.clock import Timing, interleave, ratio
 from gradlab.bench.record import append, environment
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"names": ["mlp_10k", "mlp_500"], "repeats": 20, "budget": 1.5},
     "paper": {"names": ["mlp_10k", "mlp_784", "transformer_128", "mlp_500"], "repeats": 40, "budget": 12.0},
 }
@@ -38,7 +38,7 @@ class Case:
     operation: str
     mode: str
     ours: Callable[[], Any]
-    hand: dict[str, Callable[[], Any]]
+    hand: Mapping[str, Callable[[], Any]]
     unit: Callable[[], Any]
     units: int = 1  # directions in one call: times are given per direction
     trusted: Callable[[], Any] | None = None  # what results are compared with; else the first rival
@@ -163,9 +163,9 @@ def run(
     out: str | Path = "results",
 ) -> int:
     """Run the benchmark, print the table, append the records; 1 if a result of gradlab's was wrong."""
-    from rich.console import Console
+    from gradlab.bench.console import console as terminal
 
-    console, wrong = Console(), False
+    console, wrong = terminal(), False
     for name in ("jax", "torch") if framework == "both" else (framework,):
         rows = list(_child(name, preset, device, dtype, console))
         append(Path(out) / "bench.jsonl", _record(name, preset, device, dtype, rows))

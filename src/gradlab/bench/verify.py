@@ -52,17 +52,15 @@ def run(
     out: str | Path = "results",
 ) -> int:
     """Verify, show a live table, write verify.json and verify.png to `out`; 1 if anything fails, else 0."""
-    from rich.console import Console
-
+    from gradlab.bench.console import console
     from gradlab.bench.verify_views import Live, figure
 
     frameworks = ("jax", "torch") if framework == "both" else (framework,)
     dtypes = ("float64", "float32") if dtype == "both" else (dtype,)
     names = [*CHECKED, *(a.name for a in analytics())]
-    console = Console()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        with Live(console, names, frameworks, dtypes) as live:
+        with Live(console(), names, frameworks, dtypes) as live:
             for name in frameworks:
                 for row in _child(name, preset, device, dtypes, folder):
                     rows.append(row)
@@ -86,7 +84,16 @@ def run(
 
 
 def _child(framework: str, preset: str, device: str, dtypes: tuple[str, ...], folder: str) -> Iterator[Row]:
-    command = [sys.executable, "-m", "gradlab.bench.verify_one", framework, preset, device, ",".join(dtypes), folder]
+    command = [
+        sys.executable,
+        "-m",
+        "gradlab.bench.verify_one",
+        framework,
+        preset,
+        device,
+        ",".join(dtypes),
+        folder,
+    ]
     setting = {**os.environ, "JAX_ENABLE_X64": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=setting) as child:
         assert child.stdout is not None

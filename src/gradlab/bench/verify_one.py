@@ -7,11 +7,12 @@ times the measured condition of the operation.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,222 +20,13 @@ import numpy as np
 
 from gradlab.bench.clock import Timing, interleave, ratio
 from gradlab.bench.problems import CHECKED, analytics
-from gradlab.bench.verify import OPERATIONS, PRESETS, Row
-from gradlab.check.claims import natural_scales
-from gradlab.check.differences import EPS, Estimate, directional
+from gradlab.bench.verify import PRESETS, Row
+from gradlab.bench.verify_case import Case, Lab, Probe, closed_forms, compared, operations, result
+from gradlab.check.differences import EPS, Estimate
 
 FACTOR = 10.0  # errors up to this many times the differences' own uncertainty pass
 ROUNDING = 1e3  # and up to this many roundings of the largest entry, times the condition
 ULPS = 100.0  # float32 against float64: units in the last place, times the condition
-SLOPES = 4  # directions along which a gradient-like result is compared
-COORDINATES = 6  # entries of a diagonal that are compared
-
-
-@dataclass
-class Case:
-    """A problem in one framework and dtype, as functions of the parameters."""
-
-    loss: Callable[[Any], Any]
-    model: Callable[[Any], Any]
-    outer: Callable[[Any], Any]
-    params: dict[str, Any]
-
-
-class Lab:
-    """One framework in one dtype: numpy in, results out."""
-
-    def __init__(self, framework: str, dtype: str, device: str):
-        self.functions = importlib.import_module(f"gradlab.bench._{framework}")
-        self.gl = importlib.import_module(f"gradlab.{framework}")
-        self.framework, self.dtype, self.device = framework, dtype, device
-        self.xp = importlib.import_module("jax.numpy" if framework == "jax" else "torch")
-
-    def arrays(self, tree: Any) -> Any:
-        return self.functions.arrays(tree, self.dtype, self.device)
-
-    def compiled(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """jax.jit in jax, the function as it is in (eager) torch."""
-        return importlib.import_module("jax").jit(f) if self.framework == "jax" else f
-
-    def gradient(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """The framework's own gradient: of the reference, and the unit of time."""
-        return importlib.import_module("jax").grad(f) if self.framework == "jax" else _torch_gradient(f)
-
-    def case(self, name: str) -> Case:
-        """The problem of that name, its numbers rounded to float32."""
-        rounded = lambda a: a.astype(np.float32).astype(np.float64) if a.dtype.kind == "f" else a
-        if name in CHECKED:
-            problem = CHECKED[name]()
-            inputs, targets = self.arrays((rounded(problem.inputs), problem.targets))
-            model = self.functions.model(problem)
-            params = self.arrays({key: rounded(p) for key, p in problem.params.items()})
-            outer = lambda y: self.functions.outer(y, targets)
-            return Case(lambda p: outer(model(p, inputs)), lambda p: model(p, inputs), outer, params)
-        analytic = next(a for a in analytics() if a.name == name)
-        loss = lambda p: analytic.f(self.xp, p["x"])
-        model = lambda p: self.xp.stack([loss(p), (p["x"] ** 2).sum()])
-        return Case(loss, model, lambda y: (y**2).sum() / 2, self.arrays({"x": rounded(analytic.x)}))
-
-
-def _torch_gradient(f: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
-
-    def gradient(tree: Any) -> Any:
-        keys = list(tree) if isinstance(tree, dict) else None
-        leaves = [leaf.detach().requires_grad_() for leaf in (tree.values() if keys else [tree])]
-        found = torch.autograd.grad(f(dict(zip(keys, leaves, strict=True)) if keys else leaves[0]), leaves)
-        return dict(zip(keys, found, strict=True)) if keys else found[0]
-
-    return gradient
-
-
-def flat(tree: Any) -> np.ndarray:
-    """All entries of a result as one float64 vector, dictionaries in key order."""
-    if isinstance(tree, dict):
-        return np.concatenate([flat(tree[key]) for key in sorted(tree)])
-    if isinstance(tree, (list, tuple)):
-        return np.concatenate([flat(child) for child in tree])
-    return np.asarray(tree.detach().cpu() if hasattr(tree, "detach") else tree, np.float64).reshape(-1)
-
-
-def matrix(blocks: dict[str, Any], rows: int) -> np.ndarray:
-    """A tree of trees, or one row of it, as a matrix of that many rows."""
-    parts = [flat(blocks[key]).reshape(rows, -1) for key in sorted(blocks)]
-    return np.concatenate(parts, axis=1)
-
-
-class Probe:
-    """The directions of a problem, the same in both frameworks and dtypes, and its reference by differences."""
-
-    def __init__(self, lab: Lab, name: str):
-        self.case, self.lab = lab.case(name), lab
-        self.shapes = {key: tuple(p.shape) for key, p in self.case.params.items()}
-        self.sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
-        self.x = flat(self.case.params)
-        draw = np.random.default_rng(11)
-        scales = natural_scales(self.x, self.sizes)
-        self.vs = [draw.normal(size=self.x.size) * scales for _ in range(SLOPES)]
-        self.entries = draw.choice(self.x.size, min(COORDINATES, self.x.size), replace=False)
-        self.scales = scales
-        self.y = flat(lab.compiled(self.case.model)(self.case.params))
-        self.u = draw.normal(size=self.y.size)
-
-    def tree(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        parts = np.split(vector, np.cumsum(self.sizes)[:-1])
-        return {key: part.reshape(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
-
-    def references(self) -> dict[str, Any]:
-        """What differences say: slopes of the loss, products with the Hessian, of the Jacobian, of G."""
-        lab, case = self.lab, self.case
-        numpy = lambda f: lambda x: flat(f(lab.arrays(self.tree(x))))
-        value, gradient = numpy(lab.compiled(case.loss)), numpy(lab.compiled(lab.gradient(case.loss)))
-        model = numpy(lab.compiled(case.model))
-        shape = tuple(case.model(case.params).shape)
-        slope = lab.compiled(lab.gradient(case.outer))
-        outer = lambda y: flat(slope(lab.arrays(y.reshape(shape))))
-        slopes = _stacked([directional(value, self.x, v) for v in self.vs])
-        hessian = [directional(gradient, self.x, v) for v in self.vs]
-        basis = np.eye(self.x.size)[self.entries] * self.scales[self.entries, None]
-        diagonal = [directional(gradient, self.x, e) for e in basis]
-        moves = [directional(model, self.x, v) for v in self.vs]
-        curved = directional(outer, self.y, moves[0].value)
-        return {
-            "gradient": slopes,
-            "hvp": (hessian[0].value, hessian[0].uncertainty),
-            "matmat": _joined(hessian),
-            "diagonal": (
-                np.array([d.value[i] / self.scales[i] for d, i in zip(diagonal, self.entries, strict=True)]),
-                np.array([d.uncertainty[i] / self.scales[i] for d, i in zip(diagonal, self.entries, strict=True)]),
-            ),
-            "jvp": (moves[0].value, moves[0].uncertainty),
-            "vjp": (
-                np.array([m.value @ self.u for m in moves]),
-                np.array([m.uncertainty @ np.abs(self.u) for m in moves]),
-            ),
-            "ggn": (
-                np.array([m.value @ curved.value for m in moves]),
-                np.array(
-                    [m.uncertainty @ np.abs(curved.value) + np.abs(m.value) @ curved.uncertainty for m in moves]
-                ),
-            ),
-            "ladder": hessian[0],
-        }
-
-
-def _stacked(estimates: list[Estimate]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([e.value[0] for e in estimates]), np.array([e.uncertainty[0] for e in estimates])
-
-
-def _joined(estimates: list[Estimate]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([e.value for e in estimates]), np.concatenate([e.uncertainty for e in estimates])
-
-
-def operations(probe: Probe, lab: Lab, case: Case, dense: int) -> dict[str, Callable[[Any], Any]]:
-    """Each operation as a function of the parameters; dense Hessians only up to `dense` of them."""
-    gl, v = lab.gl, lab.arrays(probe.tree(probe.vs[0]))
-    V = lab.arrays({k: np.stack([probe.tree(d)[k] for d in probe.vs]) for k in probe.shapes})
-    u = lab.arrays(probe.u)
-
-    def hessian_operator(p: Any) -> Any:
-        H = gl.hessian_operator(case.loss, p)
-        return H.matvec(v), H.matmat(V)
-
-    def jacobian_operator(p: Any) -> Any:
-        J = gl.jacobian_operator(case.model, p)
-        return J.matvec(v), J.T.matvec(u)
-
-    table = {
-        "gradient": lab.gradient(case.loss),
-        "hvp": lambda p: gl.hvp(case.loss, p, v),
-        "hessian": lambda p: gl.hessian(case.loss, p),
-        "hessian_diagonal": lambda p: gl.hessian_diagonal(case.loss, p),
-        "hessian_operator": hessian_operator,
-        "jacobian": lambda p: gl.jacobian(case.model, p),
-        "jacobian_operator": jacobian_operator,
-        "ggn_vp": lambda p: gl.ggn_vp(case.model, case.outer, p, v),
-        "ggn_operator": lambda p: gl.ggn_operator(case.model, case.outer, p).matvec(v),
-    }
-    small = probe.x.size <= dense
-    return {k: lab.compiled(table[k]) for k in OPERATIONS if small or not k.startswith(("hessian_d", "hessian"))
-            or k == "hessian_operator"}  # fmt: skip
-
-
-def result(probe: Probe, operation: str, raw: Any) -> np.ndarray:
-    """All numbers of an operation's result, in the flat order that both frameworks share."""
-    n, m = probe.x.size, probe.y.size
-    if operation == "hessian":
-        return np.concatenate([matrix(raw[key], int(np.prod(probe.shapes[key]))) for key in sorted(raw)]).reshape(n * n)
-    if operation == "jacobian":
-        return matrix(raw, m).reshape(m * n)
-    if operation == "hessian_operator":
-        stacked = np.concatenate([flat(raw[1][key]).reshape(SLOPES, -1) for key in sorted(raw[1])], axis=1)
-        return np.concatenate([flat(raw[0]), stacked.reshape(-1)])
-    return flat(raw)
-
-
-def compared(probe: Probe, operation: str, numbers: np.ndarray, refs: dict[str, Any]) -> tuple[np.ndarray, Any]:
-    """The part of a result that differences speak of, and what they say: (value, uncertainty)."""
-    n, v, along = probe.x.size, probe.vs[0], np.stack(probe.vs)
-    if operation == "gradient":
-        return along @ numbers, refs["gradient"]
-    if operation == "hvp":
-        return numbers, refs["hvp"]
-    if operation == "hessian":
-        return numbers.reshape(n, n) @ v, refs["hvp"]
-    if operation == "hessian_diagonal":
-        return numbers[probe.entries], refs["diagonal"]
-    if operation == "hessian_operator":
-        return numbers[n:], refs["matmat"]
-    if operation == "jacobian":
-        return numbers.reshape(-1, n) @ v, refs["jvp"]
-    if operation == "jacobian_operator":
-        m = probe.y.size
-        (jv, du), (slopes, ds) = refs["jvp"], refs["vjp"]
-        return np.concatenate([numbers[:m], along @ numbers[m:]]), (
-            np.concatenate([jv, slopes]),
-            np.concatenate([du, ds]),
-        )
-    return along @ numbers, refs["ggn"]
 
 
 def condition(probe: Probe, call: Callable[[Any], Any], here: np.ndarray, operation: str) -> float:
@@ -249,16 +41,18 @@ def condition(probe: Probe, call: Callable[[Any], Any], here: np.ndarray, operat
 def verify(framework: str, preset: str, device: str, dtypes: list[str], folder: Path) -> Iterator[Row]:
     """Rows of one framework: every operation on every problem in every dtype."""
     options = PRESETS[preset]
-    for name in [*CHECKED, *(a.name for a in analytics())]:
+    forms = {a.name: a for a in analytics()}
+    for name in [*CHECKED, *forms]:
         probe = Probe(Lab(framework, "float64", device), name)
         refs = probe.references()
+        closed = closed_forms(forms[name], probe) if name in forms else {}
         exact: dict[str, np.ndarray] = {}
         conditions: dict[str, float] = {}
         for dtype in sorted({"float64", *dtypes}, reverse=True):
             lab = Lab(framework, dtype, device)
             case = probe.case if dtype == "float64" else lab.case(name)
             calls = operations(probe, lab, case, int(options["dense"]))
-            found = {op: result(probe, op, call(case.params)) for op, call in calls.items()}
+            first, found = _first(probe, case, calls)
             if dtype == "float64":
                 exact = found
                 conditions = {op: condition(probe, call, found[op], op) for op, call in calls.items()}
@@ -268,39 +62,87 @@ def verify(framework: str, preset: str, device: str, dtypes: list[str], folder: 
             for op, numbers in found.items():
                 if dtype == "float64":
                     np.save(folder / f"{framework}-{name}-{op}.npy", numbers)
-                row = _row(probe, op, numbers, refs, exact[op], conditions[op], dtype)
-                yield {"problem": name, "framework": framework, "dtype": dtype, **row, **_times(op, timings)}
+                verdict = Verdict(dtype, conditions[op], exact[op], closed.get(op))
+                row = {**_row(probe, op, numbers, refs, verdict), **_times(op, first, timings)}
+                yield {"problem": name, "framework": framework, "dtype": dtype, **row}
 
 
-def _row(
-    probe: Probe, op: str, numbers: np.ndarray, refs: dict[str, Any], exact: np.ndarray, kappa: float, dtype: str
-) -> Row:
-    part, (value, uncertainty) = compared(probe, op, numbers, refs)
+def _first(probe: Probe, case: Case, calls: dict[str, Any]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Seconds of each operation's first call, compilation included, and its result."""
+    seconds, found = {}, {}
+    for op, call in calls.items():
+        start = time.perf_counter()
+        found[op] = result(probe, op, call(case.params))
+        seconds[op] = time.perf_counter() - start
+    return seconds, found
+
+
+@dataclass
+class Verdict:
+    """What a result is held against, beside differences: the float64 answer and the closed form."""
+
+    dtype: str
+    condition: float
+    exact: np.ndarray
+    closed: np.ndarray | None
+
+    @property
+    def eps(self) -> float:
+        """The rounding unit of the dtype."""
+        return EPS if self.dtype == "float64" else float(np.finfo(np.float32).eps)
+
+    def ulps(self, numbers: np.ndarray) -> float:
+        """Largest distance from the float64 answer, in units of the last place times the condition."""
+        return _relative(numbers, self.exact) / self.eps / self.condition
+
+    def rounding(self) -> float:
+        """The relative error that rounding may make."""
+        return ROUNDING * self.eps * self.condition
+
+
+def _relative(numbers: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.abs(numbers - truth).max() / max(np.abs(truth).max(), 1e-300))
+
+
+def _row(probe: Probe, op: str, numbers: np.ndarray, refs: dict[str, Any], verdict: Verdict) -> Row:
+    part, (value, doubt) = compared(probe, op, numbers, refs)
     scale = max(np.abs(value).max(), 1e-300)
-    error, doubt = np.abs(part - value), uncertainty
-    eps = EPS if dtype == "float64" else float(np.finfo(np.float32).eps)
-    ulps = float(np.abs(numbers - exact).max() / (eps * max(np.abs(exact).max(), 1e-300)) / kappa)
-    allowed = FACTOR * doubt + ROUNDING * eps * kappa * scale
-    passed = bool((error <= allowed).all() and np.isfinite(numbers).all() and ulps <= ULPS)
+    error = np.abs(part - value)
+    closed = None if verdict.closed is None else _relative(numbers, verdict.closed)
+    passed = (
+        bool((error <= FACTOR * doubt + verdict.rounding() * scale).all())
+        and bool(np.isfinite(numbers).all())
+        and verdict.ulps(numbers) <= ULPS
+        and (closed is None or closed <= verdict.rounding())
+    )
     row: Row = {
         "operation": op,
         "error": float(error.max() / scale),
         "uncertainty": float(doubt.max() / scale),
-        "condition": kappa,
-        "ulps": ulps if dtype == "float32" else None,
+        "closed_form": closed,
+        "condition": verdict.condition,
+        "ulps": verdict.ulps(numbers) if verdict.dtype == "float32" else None,
         "passed": passed,
     }
-    if op == "hvp" and dtype == "float64":
-        ladder: Estimate = refs["ladder"]
-        i = int(np.argmax(np.abs(ladder.value)))
-        curve = np.abs(ladder.raw[:, i] - numbers[i]) / abs(numbers[i])
-        row["ladder"] = {"steps": ladder.steps.tolist(), "error": curve.tolist(), "chosen": float(ladder.step[i])}
-        row["ladder"]["extrapolated"] = float(abs(ladder.value[i] - numbers[i]) / abs(numbers[i]))
+    if op == "hvp" and verdict.dtype == "float64":
+        row["ladder"] = _ladder(refs["ladder"], numbers)
     return row
 
 
+def _ladder(estimate: Estimate, numbers: np.ndarray) -> dict[str, Any]:
+    """The largest entry's error at each step, and of the extrapolation at the step it chose."""
+    i = int(np.argmax(np.abs(estimate.value)))
+    truth = numbers[i]
+    return {
+        "steps": estimate.steps.tolist(),
+        "error": (np.abs(estimate.raw[:, i] - truth) / abs(truth)).tolist(),
+        "chosen": float(estimate.step[i]),
+        "extrapolated": float(abs(estimate.value[i] - truth) / abs(truth)),
+    }
+
+
 def _timed(lab: Lab, case: Case, calls: dict[str, Any], options: dict[str, Any]) -> dict[str, Timing]:
-    fresh = {op: (lambda f=call: f(case.params)) for op, call in calls.items()}
+    fresh = {op: partial(call, case.params) for op, call in calls.items()}
     return interleave(
         fresh,
         synchronise=lab.functions.synchronise,
@@ -310,8 +152,9 @@ def _timed(lab: Lab, case: Case, calls: dict[str, Any], options: dict[str, Any])
     )
 
 
-def _times(op: str, timings: dict[str, Timing]) -> Row:
+def _times(op: str, first: dict[str, float], timings: dict[str, Timing]) -> Row:
     return {
+        "first_s": first[op],
         "median_s": timings[op].median_s,
         "spread_s": timings[op].spread_s,
         "gradients": ratio(timings[op], timings["gradient"])[0],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live as RichLive
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,10 +15,15 @@ from rich.table import Table
 from gradlab.bench.verify import OPERATIONS, Row
 
 SHORT = {
-    "hessian_diagonal": "diagonal",
-    "hessian_operator": "H operator",
-    "jacobian_operator": "J operator",
-    "ggn_operator": "G operator",
+    "gradient": "grad",
+    "hvp": "hvp",
+    "hessian": "hess",
+    "hessian_diagonal": "diag",
+    "hessian_operator": "H @",
+    "jacobian": "jac",
+    "jacobian_operator": "J @",
+    "ggn_vp": "ggn",
+    "ggn_operator": "G @",
 }
 COLOURS = {"jax": "tab:blue", "torch": "tab:orange"}
 
@@ -25,12 +31,14 @@ COLOURS = {"jax": "tab:blue", "torch": "tab:orange"}
 class Live:
     """A table that fills as rows arrive: errors against differences, one line a problem, framework, dtype."""
 
-    def __init__(self, console: Console, names: Sequence[str], frameworks: Sequence[str], dtypes: Sequence[str]):
+    def __init__(
+        self, console: Console, names: Sequence[str], frameworks: Sequence[str], dtypes: Sequence[str]
+    ):
         self.console, self.cells = console, dict[tuple[str, str, str], dict[str, Row]]()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns)
         self.task = self.progress.add_task("starting", total=len(names) * len(frameworks) * len(dtypes))
-        self.live = RichLive(console=console, refresh_per_second=4)
+        self.live = RichLive(console=console, refresh_per_second=4, vertical_overflow="visible")
 
     def __enter__(self) -> Live:
         self.live.__enter__()
@@ -48,49 +56,61 @@ class Live:
         self.live.update(self._view())
 
     def _view(self) -> Group:
-        return Group(self._table(), self.progress)
+        return Group(self._table("relative error against differences", _cell), self.progress)
 
-    def _table(self) -> Table:
-        table = Table("problem", "", "", title="relative error against differences", title_style="bold")
+    def _table(self, title: str, cell: Callable[[str, Row], str]) -> Table:
+        table = Table("problem", "", title=title, title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for op in OPERATIONS:
-            table.add_column(SHORT.get(op, op), justify="right")
+            table.add_column(SHORT[op], justify="right", no_wrap=True)
         for (problem, framework, dtype), rows in self.cells.items():
-            table.add_row(problem, framework, dtype, *(_cell(rows.get(op)) for op in OPERATIONS))
+            cells = [cell(op, rows[op]) if op in rows else "[dim]-[/]" for op in OPERATIONS]
+            table.add_row(problem, f"{framework} {dtype.replace('float', 'f')}", *cells)
         return table
 
     def summary(self, record: dict[str, Any], out: Path) -> None:
-        """The times, jax against torch, and the verdict."""
-        table = Table("problem", "", "", title="time, in gradients of the same framework (gradient: ms)")
-        for op in OPERATIONS:
-            table.add_column(SHORT.get(op, op), justify="right")
-        for (problem, framework, dtype), rows in self.cells.items():
-            times = [_time(op, rows.get(op)) for op in OPERATIONS]
-            table.add_row(problem, framework, dtype, *times)
-        self.console.print(table)
-        if record["agreement"]:
-            worst = max(record["agreement"], key=lambda row: row["error"])
-            self.console.print(
-                f"jax against torch in float64: at most {worst['error']:.1e} relative "
-                f"({worst['problem']}, {worst['operation']})"
-            )
-        failed = [row for row in [*record["rows"], *record["agreement"]] if not row["passed"]]
+        """The times, compile time apart, the closed forms, jax against torch, and the verdict."""
+        show, rows = self.console.print, record["rows"]
+        show()
+        show(self._table("time of a call, in gradients of the same framework (grad: ms)", _time))
+        show(
+            "H @, J @, G @: linearised, then applied (H: to 5 directions); - : too many parameters to be dense"
+        )
+        if compiled := [row["first_s"] - row["median_s"] for row in rows if row["framework"] == "jax"]:
+            mean = sum(compiled) / len(compiled)
+            show(f"jax compile time, apart: {mean:.2f} s an operation, {sum(compiled):.0f} s in all")
+        _worst(
+            show, "closed forms", [{**row, "error": row["closed_form"]} for row in rows if row["closed_form"]]
+        )
+        _worst(show, "jax against torch in float64", record["agreement"])
+        ulps = max((row["ulps"] for row in rows if row["ulps"] is not None), default=None)
+        if ulps is not None:
+            show(f"float32 against float64: at most {ulps:.1f} ulps times the condition")
+        failed = [row for row in [*rows, *record["agreement"]] if not row["passed"]]
         for row in failed:
-            self.console.print(f"[bold red]failed[/] {row}")
-        count = len(record["rows"]) + len(record["agreement"])
-        verdict = f"[bold red]{len(failed)} of {count} failed[/]" if failed else f"[bold green]all {count} passed[/]"
-        self.console.print(f"{verdict}; {out / 'verify.json'}, {out / 'verify.png'}")
+            show(f"[bold red]failed[/] {row}")
+        count = len(rows) + len(record["agreement"])
+        verdict = (
+            f"[bold red]{len(failed)} of {count} failed[/]"
+            if failed
+            else f"[bold green]all {count} passed[/]"
+        )
+        show(f"{verdict}; {out / 'verify.json'}, {out / 'verify.png'}")
 
 
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "[dim]-[/]"
+def _worst(show: Callable[[str], None], name: str, rows: list[Row]) -> None:
+    rows = [row for row in rows if row.get("dtype") != "float32"]
+    if rows:
+        worst = max(rows, key=lambda row: row["error"])
+        show(f"{name}: at most {worst['error']:.1e} relative ({worst['problem']}, {worst['operation']})")
+
+
+def _cell(op: str, row: Row) -> str:
     return f"[green]{row['error']:.0e}[/]" if row["passed"] else f"[bold red]{row['error']:.0e} ✗[/]"
 
 
-def _time(op: str, row: Row | None) -> str:
-    if row is None:
-        return "[dim]-[/]"
-    return f"{1e3 * row['median_s']:.2f}" if op == "gradient" else f"{row['gradients']:.1f}"
+def _time(op: str, row: Row) -> str:
+    value = 1e3 * row["median_s"] if op == "gradient" else row["gradients"]
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def figure(record: dict[str, Any], path: Path) -> None:
@@ -130,7 +150,7 @@ def _errors(axes: Any, rows: list[Row]) -> None:
                 errors = [max(row["error"], 1e-17) for row in some]
                 style = {"mfc": face, "mec": COLOURS[framework], "ls": "", "alpha": 0.7}
                 axes.semilogy(places, errors, marker, label=f"{framework}, {dtype}", **style)
-    axes.set_xticks(range(len(OPERATIONS)), [SHORT.get(op, op) for op in OPERATIONS], rotation=30, ha="right")
+    axes.set_xticks(range(len(OPERATIONS)), [SHORT[op] for op in OPERATIONS], rotation=30, ha="right")
     axes.set_ylabel("relative error against differences")
     axes.set_title("Every operation on every problem", fontsize=10)
     axes.legend(fontsize=8)

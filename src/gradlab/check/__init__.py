@@ -71,5 +71,5 @@ def derivatives(
     if framework_of("check.derivatives", (x, *args)) == "torch":
         from gradlab.check._torch import report
     else:
-        from gradlab.check._jax import report  # type: ignore[assignment]
+        from gradlab.check._jax import report
     return report(f, x, args, order, has_aux, seed)

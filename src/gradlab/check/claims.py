@@ -7,6 +7,7 @@ compares one of them with a reference that knows nothing of automatic differenti
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,7 +69,7 @@ def rows(subject: Subject, shadow: Subject | None, order: int, seed: int) -> lis
         claims.append(("gradient", _gradient))
     if order == 2:
         for how in ("hvp", "forward over reverse", "reverse over reverse"):
-            claims.append((how, lambda c, how=how: _second(c, how)))
+            claims.append((how, partial(_second, how)))
         if subject.n <= HESSIAN_ENTRIES:
             claims.append(("hessian", _hessian))
     return [first, *(_supported(name, claim, checked) for name, claim in claims)]
@@ -100,8 +101,8 @@ def _jvp(c: Checked) -> Row:
     found = [
         _judged(
             "jvp",
-            lambda s, x, v=v: s.jvp(x, v),
-            lambda steps, v=v: directional(c.high.value, c.x, v, steps),
+            lambda s, x: s.jvp(x, v),
+            lambda steps: directional(c.high.value, c.x, v, steps),
             c,
             c.low.where_output,
         )
@@ -152,15 +153,15 @@ def _located(along: Callable[[Vector], Row], v: Vector) -> int | None:
     return int(inside[0])
 
 
-def _second(c: Checked, how: str) -> Row:
+def _second(how: str, c: Checked) -> Row:
     """H v against differences of the gradient, entry by entry, and v·H v against second differences."""
     found = []
     for v in c.directions:
         found.append(
             _judged(
                 how,
-                lambda s, x, v=v: s.second(x, v, how),
-                lambda steps, v=v: directional(c.high.gradient, c.x, v, steps),
+                lambda s, x: s.second(x, v, how),
+                lambda steps: directional(c.high.gradient, c.x, v, steps),
                 c,
                 c.low.where,
             )
@@ -179,17 +180,13 @@ def _second(c: Checked, how: str) -> Row:
 
 def _hessian(c: Checked) -> Row:
     n, scales = c.low.n, c.low.scales()
-    columns = [
-        lambda steps, i=i: directional(c.high.gradient, c.x, scales[i] * np.eye(n)[i], steps)
-        for i in range(n)
-    ]
     found = [
         _judged(
             "hessian",
-            lambda s, x, i=i: s.hessian(x)[:, i] * scales[i],
-            columns[i],
+            lambda s, x: s.hessian(x)[:, i] * scales[i],
+            lambda steps: directional(c.high.gradient, c.x, scales[i] * np.eye(n)[i], steps),
             c,
-            lambda j, i=i: f"[{c.low.where(j)}, {c.low.where(i)}]",
+            lambda j: f"[{c.low.where(j)}, {c.low.where(i)}]",
         )
         for i in range(n)
     ]

@@ -35,7 +35,7 @@ def hvp(
     return (tree.like(product), aux) if has_aux else tree.like(product)
 
 
-def _by_forward(function: Any, leaves: Any, vs: Any, strategy: str) -> tuple[Any, Any]:
+def _by_forward(function: Any, leaves: Any, vs: Any, strategy: str) -> Any:
     if strategy not in get_args(Strategy):
         raise InputError(f"hvp: unknown strategy {strategy!r}; pass one of {', '.join(get_args(Strategy))}")
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
@@ -46,10 +46,11 @@ def _by_forward(function: Any, leaves: Any, vs: Any, strategy: str) -> tuple[Any
     value, restore = tensors_only(lambda xs: _first(repaired(function)(xs)))
     if strategy == "forward_over_reverse":
         gradient = torch.func.grad(value, has_aux=True)
-        _, product, aux = torch.func.jvp(gradient, (leaves,), (vs,), has_aux=True)
+        along: Any = torch.func.jvp(gradient, (leaves,), (vs,), has_aux=True)
+        _, product, aux = along
     else:
 
-        def directional(xs: Any) -> tuple[Any, Any]:
+        def directional(xs: Any) -> Any:
             return torch.func.jvp(value, (xs,), (vs,), has_aux=True)[1:]
 
         product, aux = torch.func.grad(directional, has_aux=True)(leaves)
@@ -85,7 +86,10 @@ def hessian_diagonal(
     gradient = linearise(
         scalar_function("hessian_diagonal", f, tree, args, has_aux), tree.leaves, f, gradient=True, many=True
     )
-    parts = [tree.ravel(rows).diagonal(start) for start, rows in over_basis(tree, gradient.pull, chunk_size or DIRECTIONS)]
+    parts = [
+        tree.ravel(rows).diagonal(start)
+        for start, rows in over_basis(tree, gradient.pull, chunk_size or DIRECTIONS)
+    ]
     diagonal = tree.like(tree.split(tree.stack(parts)))
     return (diagonal, gradient.aux) if has_aux else diagonal
 

@@ -39,7 +39,7 @@ def jacobian(
     traced = is_traced(line.outputs)
     pulled = pulls(chunk_size, y.dtype)
     pushed = pushes(chunk_size) if line.forward else pulled
-    if mode == "forward" or mode == "auto" and tree.size < y.size:
+    if mode == "forward" or (mode == "auto" and tree.size < y.size):
         columns = over_basis(tree.size, lambda i: line.push(tree.unit(i)), pushed, traced)
         J = nested_columns(y, tree, columns)
     else:

@@ -27,7 +27,7 @@ def jacobian(
     line = linearise(function, tree.leaves, f, many=True)
     y = output(line.outputs)
     check_fits("jacobian", (y.size, tree.size), tree)
-    if mode == "forward" or mode == "auto" and tree.size < y.size:
+    if mode == "forward" or (mode == "auto" and tree.size < y.size):
         push = pushforward(function, tree.leaves, line)
         columns = [part for _, part in over_basis(tree, push, chunk_size or PUSHES)]
         J = nested_columns(y, tree, [tree.stack(leaf) for leaf in zip(*columns, strict=True)])

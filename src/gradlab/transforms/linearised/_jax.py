@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from gradlab._typing import Function, Leaves
 from gradlab.transforms.operators import DIRECTIONS
-
-Leaves = Sequence[Any]
-Function = Callable[[Leaves], tuple[Leaves, Any]]
 
 
 @dataclass
@@ -50,7 +48,9 @@ def has_primitive(name: str, jaxpr: Any) -> bool:
     """Whether an operation of that name stands in a jaxpr, at any depth."""
     inner = (sub for eqn in jaxpr.eqns for p in eqn.params.values() for sub in jax.tree.leaves(p))
     return any(eqn.primitive.name == name for eqn in jaxpr.eqns) or any(
-        has_primitive(name, getattr(sub, "jaxpr", sub)) for sub in inner if hasattr(sub, "jaxpr") or hasattr(sub, "eqns")
+        has_primitive(name, getattr(sub, "jaxpr", sub))
+        for sub in inner
+        if hasattr(sub, "jaxpr") or hasattr(sub, "eqns")
     )
 
 

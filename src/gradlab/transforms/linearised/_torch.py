@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from gradlab._errors import StrategyError
-from gradlab.transforms.operators import DIRECTIONS
+from gradlab._typing import Function, Leaves
 from gradlab.transforms.repairs._torch import (
     FAULTY_BEYOND_SECOND,
     UNREPAIRABLE,
@@ -25,9 +25,6 @@ from gradlab.transforms.repairs._torch import (
 )
 
 _name, _requires_grad = attrgetter("__name__"), attrgetter("requires_grad")
-
-Leaves = Sequence[Any]
-Function = Callable[[Leaves], tuple[Leaves, Any]]
 
 
 @dataclass
@@ -72,7 +69,7 @@ def product_of_gradient(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> t
         line = _by_transforms(f, leaves, gradient=True)
         return line.pull(vs), line.aux
     xs, gradient, aux, attached = _recorded(f, leaves, user, True)
-    again = attached or torch.is_grad_enabled() and any(map(_requires_grad, vs))
+    again = attached or (torch.is_grad_enabled() and any(map(_requires_grad, vs)))
     return _backward(gradient, xs, vs, create_graph=again), aux
 
 
@@ -169,7 +166,8 @@ def _by_transforms(f: Function, leaves: Leaves, gradient: bool) -> Linearised:
         return y, aux
 
     function = torch.func.grad(first, has_aux=True) if gradient else of_tensors
-    outputs, pullback, tensors = torch.func.vjp(function, list(leaves), has_aux=True)
+    linearised: Any = torch.func.vjp(function, list(leaves), has_aux=True)
+    outputs, pullback, tensors = linearised
 
     def linear(pullback: Callable[..., Any]) -> Callable[..., Leaves]:
         one = lambda us: pullback(us)[0]
@@ -214,7 +212,9 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
 
     batched = cache(lambda: _batched(f, leaves, gradient))
 
-    def linear(ys: Leaves, xs: Leaves, stacked: Callable[[Linearised, Leaves], Leaves]) -> Callable[..., Leaves]:
+    def linear(
+        ys: Leaves, xs: Leaves, stacked: Callable[[Linearised, Leaves], Leaves]
+    ) -> Callable[..., Leaves]:
         def one(us: Leaves, last: bool = False) -> Leaves:
             again = torch.is_grad_enabled() and (attached or any(map(_requires_grad, us)))
             return _backward(ys, xs, us, retain_graph=again or not last, create_graph=again)

@@ -19,6 +19,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+_named: Any = torch.return_types  # its stubs lack what it has
+
 
 class Level(IntEnum):
     """How much of the table a call needs."""
@@ -128,7 +130,7 @@ def slogdet(A: Tensor) -> Any:
     LU, pivots = torch.linalg.lu_factor(A)
     diagonal = LU.diagonal(dim1=-2, dim2=-1)
     sign = _parity(pivots, A.dtype) * diagonal.sign().prod(-1)
-    return torch.return_types.linalg_slogdet((sign.detach(), diagonal.abs().log().sum(-1)))
+    return _named.linalg_slogdet((sign.detach(), diagonal.abs().log().sum(-1)))
 
 
 def det(A: Tensor) -> Tensor:
@@ -159,7 +161,7 @@ def solve(A: Tensor, B: Tensor, *, left: bool = True, out: Tensor | None = None)
 
 def solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False, out: Any = None) -> Any:
     info = torch.linalg.lu_factor_ex(A.detach(), check_errors=check_errors).info
-    return torch.return_types.linalg_solve_ex((solve(A, B, left=left), info))
+    return _named.linalg_solve_ex((solve(A, B, left=left), info))
 
 
 def tensorsolve(A: Tensor, B: Tensor, dims: Any = None, *, out: Tensor | None = None) -> Tensor:

@@ -10,16 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradlab._errors import InputError, KindError
-
-Leaves = list[Any]
-Function = Callable[[Leaves], tuple[Leaves, Any]]
+from gradlab._typing import Function, Leaves
 
 
 class Tree:
     """A jax pytree and its float arrays, in the order of `jax.tree.leaves`."""
 
     def __init__(self, op: str, name: str, tree: Any):
-        leaves, self.spec = jax.tree.flatten(tree)
+        leaves, spec = jax.tree.flatten(tree)
+        self.spec: Any = spec
         if not leaves:
             raise InputError(f"{op}: {name} is an empty tree; pass at least one float array")
         if not any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
@@ -67,6 +66,7 @@ class Tree:
 
     def direction(self, v: Any, name: str = "v", batch: bool = False) -> Leaves:
         """The leaves of a direction shaped like the tree (under one leading axis if `batch`)."""
+        spec: Any
         leaves, spec = jax.tree.flatten(v)
         if spec == self.spec:
             leaves = [leaves[i] for i in self.places]
@@ -82,14 +82,15 @@ class Tree:
         for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):
             if leaf.shape != lead + x.shape or leaf.size == 0 < x.size:
                 raise InputError(
-                    f"{self.op}: {self.leaf_name(i, name)} has shape {leaf.shape}, {self.leaf_name(i)} has shape "
-                    f"{x.shape}; pass {'directions stacked on one leading axis, each' if batch else 'a direction'} "
+                    f"{self.op}: {self.leaf_name(i, name)} has shape {leaf.shape}, "
+                    f"{self.leaf_name(i)} has shape {x.shape}; pass "
+                    f"{'directions stacked on one leading axis, each' if batch else 'a direction'} "
                     f"shaped like {self.name}"
                 )
             if leaf.dtype != x.dtype:
                 raise KindError(
-                    f"{self.op}: {self.leaf_name(i, name)} has dtype {leaf.dtype}, {self.leaf_name(i)} has dtype "
-                    f"{x.dtype}; convert the direction with .astype"
+                    f"{self.op}: {self.leaf_name(i, name)} has dtype {leaf.dtype}, "
+                    f"{self.leaf_name(i)} has dtype {x.dtype}; convert the direction with .astype"
                 )
         return leaves
 

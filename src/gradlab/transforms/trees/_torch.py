@@ -10,9 +10,7 @@ from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from gradlab._errors import InputError, KindError, StrategyError
-
-Leaves = list[Any]
-Function = Callable[[Leaves], tuple[Leaves, Any]]
+from gradlab._typing import Function, Leaves
 
 
 class Tree:
@@ -23,6 +21,7 @@ class Tree:
             raise StrategyError(f"{op}: torch.inference_mode records no derivatives; use torch.no_grad")
         leaves, self.spec = flatten(tree)
         self.op, self.name = op, name
+        self.leaves: Leaves
         if set(map(type, leaves)) == {torch.Tensor} and all(map(torch.Tensor.is_floating_point, leaves)):
             self.all = self.leaves = leaves
             self.places: Sequence[int] = range(len(leaves))
@@ -38,7 +37,7 @@ class Tree:
             leaves = [torch.as_tensor(leaf) if isinstance(leaf, float) else leaf for leaf in leaves]
         self.all = [as_tensor(leaf) for leaf in leaves]
         self.places = [i for i, leaf in enumerate(self.all) if _is_float(leaf)]
-        self.leaves: Leaves = [self.all[i] for i in self.places]
+        self.leaves = [self.all[i] for i in self.places]
         if any(_is_complex(leaf) for leaf in self.all):
             raise KindError(
                 f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts"
@@ -97,21 +96,19 @@ class Tree:
         ]
         lead = leaves[0].shape[:1] if batch else ()
         for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):
-            if (
-                leaf.shape != (lead + x.shape if batch else x.shape)
-                or batch
-                and leaf.numel() == 0 < x.numel()
+            if leaf.shape != (lead + x.shape if batch else x.shape) or (
+                batch and leaf.numel() == 0 < x.numel()
             ):
                 raise InputError(
-                    f"{self.op}: {self.leaf_name(i, name)} has shape {tuple(leaf.shape)}, {self.leaf_name(i)} has shape "
-                    f"{tuple(x.shape)}; pass "
+                    f"{self.op}: {self.leaf_name(i, name)} has shape {tuple(leaf.shape)}, "
+                    f"{self.leaf_name(i)} has shape {tuple(x.shape)}; pass "
                     f"{'directions stacked on one leading axis, each' if batch else 'a direction'} "
                     f"shaped like {self.name}"
                 )
             if leaf.dtype != x.dtype:
                 raise KindError(
-                    f"{self.op}: {self.leaf_name(i, name)} has dtype {leaf.dtype}, {self.leaf_name(i)} has dtype "
-                    f"{x.dtype}; convert the direction with .to"
+                    f"{self.op}: {self.leaf_name(i, name)} has dtype {leaf.dtype}, "
+                    f"{self.leaf_name(i)} has dtype {x.dtype}; convert the direction with .to"
                 )
         return leaves
 
@@ -273,7 +270,8 @@ _LEAF_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray, float, in
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves and structure of a tree; `unflatten(structure, leaves)` gives it back."""
-    kind = type(tree)
+    kind: Any = type(tree)
+    spec: Any
     if kind in _LEAF_TYPES:
         return [tree], LEAF
     if kind is dict:
@@ -316,4 +314,4 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _is_complex(leaf: Any) -> bool:
-    return isinstance(leaf, complex) or isinstance(leaf, torch.Tensor) and leaf.is_complex()
+    return isinstance(leaf, complex) or (isinstance(leaf, torch.Tensor) and leaf.is_complex())
