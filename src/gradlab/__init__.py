@@ -17,6 +17,9 @@ to one framework. `gradlab.check` proves a derivative right on your own function
 measures what it costs. Importing gradlab imports neither framework.
 """
 
+from importlib import import_module
+from typing import Any
+
 from gradlab._errors import (
     BackendError,
     GradlabError,
@@ -57,3 +60,10 @@ __all__ = [
     "jacobian",
     "jacobian_operator",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`gradlab.check`, `gradlab.bench`, `gradlab.jax` and `gradlab.torch` are imported at their first use."""
+    if name in ("bench", "check", "jax", "torch"):
+        return import_module(f"gradlab.{name}")
+    raise AttributeError(f"module 'gradlab' has no attribute {name!r}")

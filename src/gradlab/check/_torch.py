@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import gradlab.torch as gl
@@ -21,23 +23,42 @@ def report(f: Callable[..., Any], x: Any, args: Any, order: int, has_aux: bool, 
     subject = Subject(f, x, args, has_aux)
     shadow = None
     if subject.tree.dtype != torch.float64:
-        wide = lambda leaf: leaf.double() if _is_float(leaf) else leaf
         try:
-            shadow = Subject(f, pytree.tree_map(wide, x), pytree.tree_map(wide, args), has_aux)
+            shadow = Subject(f, pytree.tree_map(_widened, x), pytree.tree_map(_widened, args), has_aux, Widened)
             shadow.gradient(shadow.x)
-        except RuntimeError:  # f closes over tensors of its own dtype, which torch does not promote
+        except RuntimeError:  # an operation that has no float64 form
             shadow = None
     return Report("torch", str(subject.tree.dtype).removeprefix("torch."), rows(subject, shadow, order, seed))
 
 
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+class Widened(TorchFunctionMode):
+    """While active, every operation runs in float64: what f closes over too, which torch does not promote."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        narrow = args and isinstance(args[0], torch.Tensor) and _widened(args[0]) is not args[0]
+        if narrow and (name in ("__setitem__", "set_") or name.endswith("_") and not name.endswith("__")):
+            raise RuntimeError(f"{name} writes into a {args[0].dtype} tensor of f's own")
+        if name in ("float", "half", "bfloat16"):
+            func = torch.Tensor.double
+        return func(*pytree.tree_map(_widened, args), **pytree.tree_map(_widened, kwargs))
+
+
+def _widened(leaf: Any) -> Any:
+    if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+        return torch.float64
+    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
+        return leaf.double()
+    return leaf
 
 
 class Subject:
     """f at x as torch differentiates it: flat numpy float64 vectors in and out."""
 
-    def __init__(self, f: Callable[..., Any], x: Any, args: Any, has_aux: bool):
+    def __init__(
+        self, f: Callable[..., Any], x: Any, args: Any, has_aux: bool, within: Callable[[], Any] = nullcontext
+    ):
+        self.within = within  # the mode in which everything of f runs
         detach = lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
         x, args = pytree.tree_map(detach, x), pytree.tree_map(detach, args)
         self.tree = Tree(OP, "x", x)
@@ -46,7 +67,8 @@ class Subject:
         ]
         before = [leaf.clone() for leaf in self.given]
         self.function, output = tree_function(OP, f, self.tree, args, has_aux)
-        outputs, _ = self.function(self.tree.leaves)
+        with within():
+            outputs, _ = self.function(self.tree.leaves)
         changed = [i for i, (a, b) in enumerate(zip(self.given, before, strict=True)) if not _same(a, b)]
         self.changed = ["x" if i < len(self.tree.leaves) else "args" for i in changed]
         self.output = output([y.detach() for y in outputs])
@@ -119,9 +141,9 @@ class Subject:
 
     def _run(self, function: Callable[..., Any], *vectors: np.ndarray) -> np.ndarray:
         first = self.tree.leaves[0]
-        return self._numpy(
-            function(*(torch.tensor(v, dtype=self.tree.dtype, device=first.device) for v in vectors))
-        )
+        arrays = [torch.tensor(v, dtype=self.tree.dtype, device=first.device) for v in vectors]
+        with self.within():
+            return self._numpy(function(*arrays))
 
     def _numpy(self, array: Any) -> np.ndarray:
         return array.detach().to(torch.float64).cpu().numpy()
