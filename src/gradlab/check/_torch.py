@@ -23,12 +23,19 @@ def report(f: Callable[..., Any], x: Any, args: Any, order: int, has_aux: bool, 
     subject = Subject(f, x, args, has_aux)
     shadow = None
     if subject.tree.dtype != torch.float64:
-        try:
-            shadow = Subject(f, pytree.tree_map(_widened, x), pytree.tree_map(_widened, args), has_aux, Widened)
-            shadow.gradient(shadow.x)
-        except RuntimeError:  # an operation that has no float64 form
-            shadow = None
+        wide = pytree.tree_map(_widened, (x, args))
+        shadow = _shadow(f, *wide, has_aux, nullcontext) or _shadow(f, *wide, has_aux, Widened)
     return Report("torch", str(subject.tree.dtype).removeprefix("torch."), rows(subject, shadow, order, seed))
+
+
+def _shadow(f: Any, x: Any, args: Any, has_aux: bool, within: Callable[[], Any]) -> Subject | None:
+    """The float64 run of f; None where an operation meets a tensor of another dtype, or has no such form."""
+    try:
+        shadow = Subject(f, x, args, has_aux, within)
+        shadow.gradient(shadow.x)
+    except RuntimeError:
+        return None
+    return shadow if shadow.output.dtype == torch.float64 else None
 
 
 class Widened(TorchFunctionMode):
@@ -41,7 +48,7 @@ class Widened(TorchFunctionMode):
             raise RuntimeError(f"{name} writes into a {args[0].dtype} tensor of f's own")
         if name in ("float", "half", "bfloat16"):
             func = torch.Tensor.double
-        return func(*pytree.tree_map(_widened, args), **pytree.tree_map(_widened, kwargs))
+        return func(*map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
 
 
 def _widened(leaf: Any) -> Any:
@@ -49,7 +56,7 @@ def _widened(leaf: Any) -> Any:
         return torch.float64
     if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
         return leaf.double()
-    return leaf
+    return type(leaf)(map(_widened, leaf)) if type(leaf) in (list, tuple) else leaf
 
 
 class Subject:
