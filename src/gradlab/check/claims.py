@@ -136,8 +136,12 @@ def _pulled(c: Checked, claim: str, u: Vector, pull: Callable[[Subject, Vector],
     if row.status != FAILED:
         return row
     index = _located(along, c.directions[0])
-    where = c.low.where(index) if index is not None else ""
-    return _told(row, where)
+    if index is None:
+        return row
+    entry = along(
+        (np.arange(c.low.n) == index).astype(np.float64)
+    )  # the entry itself, where a step of its own size resolves it
+    return _told(entry if entry.status == FAILED else row, c.low.where(index))
 
 
 def _located(along: Callable[[Vector], Row], v: Vector) -> int | None:

@@ -234,7 +234,7 @@ def ggn_vp(
         >>> ggn_vp(lambda x: A @ x, lambda y: (y**2).sum() / 2, x, v)  # Aᵀ A v
         tensor([1., 2.])
         >>> import jax.numpy as jnp
-        >>> A, x, v = jnp.array(A), jnp.ones(2), jnp.array([1.0, 0.0])
+        >>> A, x, v = jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.ones(2), jnp.array([1.0, 0.0])
         >>> ggn_vp(lambda x: A @ x, lambda y: (y**2).sum() / 2, x, v)
         Array([1., 2.], dtype=float32)
 
