@@ -139,7 +139,7 @@ CHECKED: dict[str, Callable[[], Problem]] = {
     "transformer": transformer,
 }
 MEASURED: dict[str, Callable[[], Problem]] = {
-    "mlp_10k": lambda: mlp("mlp_10k", (64, 64, 64, 10), 128),
+    "mlp_10k": lambda: mlp("mlp_10k", (64, 72, 64, 10), 128),
     "mlp_784": lambda: mlp("mlp_784", (784, 512, 512, 10), 256, side=28),
     "transformer_128": decoder,
     "mlp_500": lambda: mlp("mlp_500", (8, 16, 16, 10), 128, width=8),

@@ -132,12 +132,12 @@ def _row(probe: Probe, op: str, numbers: np.ndarray, refs: dict[str, Any], verdi
 def _ladder(estimate: Estimate, numbers: np.ndarray) -> dict[str, Any]:
     """The largest entry's error at each step, and of the extrapolation at the step it chose."""
     i = int(np.argmax(np.abs(estimate.value)))
-    truth = numbers[i]
+    truth, scale = numbers[i], max(abs(estimate.value[i]), 1e-300)
     return {
         "steps": estimate.steps.tolist(),
-        "error": (np.abs(estimate.raw[:, i] - truth) / abs(truth)).tolist(),
+        "error": (np.abs(estimate.raw[:, i] - truth) / scale).tolist(),
         "chosen": float(estimate.step[i]),
-        "extrapolated": float(abs(estimate.value[i] - truth) / abs(truth)),
+        "extrapolated": float(abs(estimate.value[i] - truth) / scale),
     }
 
 

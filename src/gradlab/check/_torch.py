@@ -44,7 +44,7 @@ class Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         narrow = args and isinstance(args[0], torch.Tensor) and _widened(args[0]) is not args[0]
-        if narrow and (name in ("__setitem__", "set_") or name.endswith("_") and not name.endswith("__")):
+        if narrow and (name in ("__setitem__", "set_") or (name.endswith("_") and not name.endswith("__"))):
             raise RuntimeError(f"{name} writes into a {args[0].dtype} tensor of f's own")
         if name in ("float", "half", "bfloat16"):
             func = torch.Tensor.double
