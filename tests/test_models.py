@@ -110,6 +110,20 @@ def test_a_torch_module_closed_over_stays_attached():
         assert abs(difference - gradient[index]) < 1e-6 * gradient.abs().max()
 
 
+def test_what_a_loss_closes_over_stays_attached():
+    """The gradient of G v by a weight inside the loss: G = Jᵀ (∇² loss) J with ∇² loss = w I."""
+    torch = pytest.importorskip("torch")
+    A, x, v = torch.randn(3, 4), torch.randn(4), torch.randn(4)
+    w = torch.tensor(2.0, requires_grad=True)
+    for product in (
+        gradlab.ggn_vp(lambda x: A @ x, lambda y: w * (y**2).sum() / 2, x, v),
+        gradlab.ggn_operator(lambda x: A @ x, lambda y: w * (y**2).sum() / 2, x) @ v,
+    ):
+        torch.testing.assert_close(product, 2 * A.T @ (A @ v))
+        (slope,) = torch.autograd.grad(product.sum(), w)
+        torch.testing.assert_close(slope, (A.T @ (A @ v)).sum())
+
+
 def test_frozen_and_no_grad_results_are_detached():
     torch = pytest.importorskip("torch")
     model, x, _ = torch_model()

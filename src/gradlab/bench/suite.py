@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ class Case:
     unit: Callable[[], Any]
     units: int = 1  # directions in one call: times are given per direction
     trusted: Callable[[], Any] | None = None  # what results are compared with; else the first rival
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    unsafe: frozenset[str] = (
+        frozenset()
+    )  # rivals that are right here and wrong on other functions: no measure
 
 
 def measure(case: Case, synchronise: Callable[[Any], Any], repeats: int, budget: float) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def measure(case: Case, synchronise: Callable[[Any], Any], repeats: int, budget:
     timings = interleave(
         {"gradient": case.unit, **right}, synchronise=synchronise, repeats=repeats, budget_s=budget
     )
-    rivals = {name: timings[name] for name in right if name != "gradlab"}
+    rivals = {name: timings[name] for name in right if name != "gradlab" and name not in case.unsafe}
     best = min(rivals, key=lambda name: rivals[name].median_s)
     row: dict[str, Any] = {
         "problem": case.problem,
@@ -63,7 +65,11 @@ def measure(case: Case, synchronise: Callable[[Any], Any], repeats: int, budget:
         "best_by_hand": best,
         "gradient_s": timings["gradient"].median_s,
         "variants": {
-            name: {"error": errors[name], **_numbers(timings.get(name), timings["gradient"], case.units)}
+            name: {
+                "error": errors[name],
+                **_numbers(timings.get(name), timings["gradient"], case.units),
+                **({"verdict": "right here, wrong elsewhere"} if name in case.unsafe else {}),
+            }
             for name in variants
         },
     }
@@ -200,28 +206,38 @@ def _child(framework: str, preset: str, device: str, dtype: str, console: Any) -
 
 def table(framework: str, rows: list[dict[str, Any]]) -> Any:
     """One line a case: gradlab, the best by hand, their ratio with its quartiles; in gradients a product."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table("problem", "operation", "mode", "gradlab", "best by hand", "", "ratio", title=framework)
+    columns = ("problem", "operation", "mode", "gradlab", "by hand", "best by hand", "ratio")
+    shown = Table(*columns, title=framework, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         if "variants" not in row:
             continue
         best, ours = row["best_by_hand"], row["variants"]["gradlab"]
         middle, low, high = row.get("ratio_to_best", (float("nan"),) * 3)
-        wrong = [
-            f"{n}: wrong by {v['error']:.1e}" for n, v in row["variants"].items() if v["verdict"] == "wrong"
-        ]
+        notes = [_note(name, v) for name, v in row["variants"].items() if v["verdict"] != "right"]
         shown.add_row(
             row["problem"],
             row["operation"],
             row["mode"],
             f"{ours['gradients']:.2f}" if "gradients" in ours else "WRONG",
             f"{row['variants'][best]['gradients']:.2f}",
-            "; ".join([best, *wrong]),
+            "; ".join([best, *notes]),
             f"{middle:.2f} ({low:.2f}-{high:.2f})",
         )
-    shown.caption = "times in gradients of the same framework and mode, a direction"
+    shown.caption = (
+        "times in gradients of the same framework and mode, a direction; "
+        "unsafe: right here, wrong on other functions (docs/decisions.md)"
+    )
     return shown
+
+
+def _note(name: str, variant: dict[str, Any]) -> str:
+    """Why a rival does not count."""
+    if "gradients" in variant:
+        return f"{name} {variant['gradients']:.2f}: unsafe"
+    return f"{name}: wrong by {variant['error']:.0e}" if np.isfinite(variant["error"]) else f"{name}: raises"
 
 
 if __name__ == "__main__":

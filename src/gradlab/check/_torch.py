@@ -23,12 +23,12 @@ def report(f: Callable[..., Any], x: Any, args: Any, order: int, has_aux: bool, 
     subject = Subject(f, x, args, has_aux)
     shadow = None
     if subject.tree.dtype != torch.float64:
-        wide = pytree.tree_map(_widened, (x, args))
-        shadow = _shadow(f, *wide, has_aux, nullcontext) or _shadow(f, *wide, has_aux, Widened)
+        x, args = pytree.tree_map(_widened, (x, args))
+        shadow = _shadow(f, x, args, has_aux, nullcontext) or _shadow(f, x, args, has_aux, Widened)
     return Report("torch", str(subject.tree.dtype).removeprefix("torch."), rows(subject, shadow, order, seed))
 
 
-def _shadow(f: Any, x: Any, args: Any, has_aux: bool, within: Callable[[], Any]) -> Subject | None:
+def _shadow(f: Any, x: Any, args: Any, has_aux: Any, within: Callable[[], Any]) -> Subject | None:
     """The float64 run of f; None where an operation meets a tensor of another dtype, or has no such form."""
     try:
         shadow = Subject(f, x, args, has_aux, within)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gradlab._typing import Function, Leaves
-from gradlab.transforms.operators import DIRECTIONS
+from gradlab.transforms.operators import DIRECTIONS, PUSHES
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Chunk(NamedTuple):
 
 def pushes(chunk_size: int | None) -> Chunk:
     """First-order forward products are small enough to be batched everywhere."""
-    return Chunk(chunk_size or DIRECTIONS, chunk_size or DIRECTIONS)
+    return Chunk(chunk_size or PUSHES, chunk_size or PUSHES)
 
 
 def second_order(chunk_size: int | None) -> Chunk:
@@ -90,7 +90,7 @@ def pulls(chunk_size: int | None, dtype: Any) -> Chunk:
     """Never batched on a CPU below float64: XLA compiles a batched pullback through a norm wrongly there."""
     if jax.default_backend() == "cpu" and jnp.finfo(dtype).bits < 64:
         return Chunk(1, None)
-    return pushes(chunk_size)
+    return Chunk(chunk_size or DIRECTIONS, chunk_size or DIRECTIONS)
 
 
 def over_basis(n: int, apply: Callable[[Any], Any], chunk: Chunk, traced: bool) -> Any:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -24,7 +25,7 @@ from gradlab.transforms.repairs._torch import (
     transforming,
 )
 
-_name, _requires_grad = attrgetter("__name__"), attrgetter("requires_grad")
+_requires_grad = attrgetter("requires_grad")
 
 
 @dataclass
@@ -38,13 +39,13 @@ class Linearised:
     outputs: Leaves
     aux: Any
     pull: Callable[..., Leaves]
-    transpose: Callable[[Leaves], Callable[..., Leaves]]
-    attached: bool  # whether the results can be differentiated again
+    transpose: Callable[[Leaves], Callable[..., Leaves]] | None = None
     faulty: bool = True  # whether f may call operations that are repaired
     transposed: Callable[..., Leaves] | None = None  # made at the first push
 
     def push(self, vs: Leaves, many: bool = False) -> Leaves:
         if self.transposed is None:
+            assert self.transpose is not None
             self.transposed = self.transpose([torch.zeros_like(y) for y in self.outputs])
         return self.transposed(vs, many)
 
@@ -87,13 +88,18 @@ def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple
         tangents[:] = [torch.zeros_like(y) if t is None else materialised(t.detach()) for y, t in pairs]
         return [y for y, _ in pairs], aux
 
-    if not transforming() and not any(t.requires_grad for t in (*leaves, *vs)):
+    if not (transforming() or any(map(_requires_grad, leaves)) or any(map(_requires_grad, vs))):
         try:
             with forward_ad.dual_level():
-                line = _by_graph(along, leaves, user, False)
-            if not line.attached:
-                return line, tangents
-        except (NotImplementedError, RuntimeError):  # an operation without forward mode
+                xs, outputs, aux, attached = _recorded(along, leaves, user, False)
+            if not attached:
+
+                def pull(us: Leaves, last: bool) -> Leaves:
+                    again = torch.is_grad_enabled() and any(map(_requires_grad, us))
+                    return _backward(outputs, xs, us, create_graph=again)
+
+                return Linearised([y.detach() for y in outputs], aux, pull), tangents
+        except RuntimeError:  # an operation without forward mode
             pass
     line = linearise(f, leaves, user)
     return line, line.push(vs)
@@ -186,7 +192,7 @@ def _by_transforms(f: Function, leaves: Leaves, gradient: bool) -> Linearised:
 
     pull = linear(pullback)
     transpose = lambda us: linear(torch.func.vjp(pull, us)[1])
-    return Linearised(outputs, restore(tensors), pull, transpose, attached=True, faulty=repair.met)
+    return Linearised(outputs, restore(tensors), pull, transpose, faulty=repair.met)
 
 
 def _batched(f: Function, leaves: Leaves, gradient: bool) -> Linearised | None:
@@ -234,18 +240,32 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
 
     shown = outputs if attached or gradient else [y.detach() for y in outputs]
     pull = linear(outputs, xs, lambda line, us: line.pull(us, many=True))
-    return Linearised(shown, aux, pull, transpose, attached)
+    return Linearised(shown, aux, pull, transpose)
 
 
-def _backward(outputs: Leaves, xs: Leaves, us: Leaves | None, **options: bool) -> list[Any]:
-    """torch.autograd.grad with zeros for what does not depend on xs."""
+def _backward(
+    outputs: Leaves, xs: Leaves, us: Leaves | None, *, create_graph: bool, retain_graph: bool = False
+) -> list[Any]:
+    """torch.autograd.grad, less its checks of shapes, with zeros for what does not depend on xs.
+
+    The checks cost 30 µs a call, as much as a small layer's backward; directions are checked at the door.
+    """
     if not all(map(_requires_grad, outputs)):  # constant outputs have no graph
         kept = [i for i, y in enumerate(outputs) if y.requires_grad]
         if not kept:
             return [torch.zeros_like(x) for x in xs]
         outputs = [outputs[i] for i in kept]
         us = None if us is None else [us[i] for i in kept]
-    grads = torch.autograd.grad(outputs, xs, us, allow_unused=True, **options)
+    us = [torch.ones_like(y) for y in outputs] if us is None else us
+    grads = _engine_run_backward(
+        tuple(outputs),
+        tuple(us),
+        retain_graph or create_graph,
+        create_graph,
+        tuple(xs),
+        True,
+        accumulate_grad=False,
+    )
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
 
@@ -259,31 +279,36 @@ def _recorded(f: Function, leaves: Leaves, user: Any, gradient: bool) -> tuple[L
     Such a result can be differentiated again, which some faulty operations do not survive; then, and
     where an operation has no second derivative, `f` runs again in repaired form.
     """
-    grad_mode = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if any(map(_requires_grad, leaves)):  # x itself may stand in what f closes over
-            xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
-        else:
-            xs = [x.detach().requires_grad_() for x in leaves]
-        level = _learned_level(user)
-        met, (outputs, aux) = _run(f, xs, level)
-        attached, names = _survey(outputs, xs)
-        attached = attached and grad_mode
-        needed = _needed(names, attached)
-        if needed > level:
-            _remember(user, needed)
-            _, (outputs, aux) = _run(f, xs, needed)
-        elif level is Level.TRANSFORMS and not (met or needed):
-            _remember(user, Level.NONE)
-        if gradient:
-            outputs = _backward(outputs, xs, None, create_graph=True)
-    if not attached and aux is not None:
-        aux = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
-    return xs, outputs, aux, attached
+    if not torch.is_grad_enabled():
+        with torch.enable_grad():
+            xs, outputs, aux, _ = _recorded(f, leaves, user, gradient)
+        return xs, outputs, _detached(aux), False
+    if any(map(_requires_grad, leaves)):  # x itself may stand in what f closes over
+        xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
+    else:
+        xs = [x.detach().requires_grad_() for x in leaves]
+    level = _learned_level(user)
+    met, (outputs, aux) = _run(f, xs, level)
+    attached, kinds = _survey(outputs, xs)
+    needed = _needed(kinds, attached)
+    if needed > level:
+        _remember(user, needed)
+        _, (outputs, aux) = _run(f, xs, needed)
+    elif level is Level.TRANSFORMS and not (met or needed):
+        _remember(user, Level.NONE)
+    if gradient:
+        outputs = _backward(outputs, xs, None, create_graph=True)
+    return xs, outputs, aux if attached else _detached(aux), attached
 
 
-def _needed(names: set[str], attached: bool) -> Level:
+def _detached(aux: Any) -> Any:
+    return None if aux is None else pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
+
+
+@lru_cache(maxsize=256)
+def _needed(kinds: frozenset[type], attached: bool) -> Level:
     """The repairs that a graph of these operations needs."""
+    names = {kind.__name__ for kind in kinds}
     if not names.isdisjoint(UNREPAIRABLE):
         raise StrategyError(
             "f runs torch's while_loop, scan, cond or map "
@@ -317,8 +342,8 @@ def _remember(user: Any, level: Level) -> None:
         return
 
 
-def _survey(outputs: Leaves, xs: Leaves) -> tuple[bool, set[str]]:
-    """Whether the graph of `outputs` has leaves other than `xs`, and the names of its operations."""
+def _survey(outputs: Leaves, xs: Leaves) -> tuple[bool, frozenset[type]]:
+    """Whether the graph of `outputs` has leaves other than `xs`, and its kinds of operations."""
     nodes = [y.grad_fn for y in outputs if y.grad_fn is not None]
     seen, ends = {None, *nodes}, []
     for node in nodes:  # grows meanwhile
@@ -331,4 +356,4 @@ def _survey(outputs: Leaves, xs: Leaves) -> tuple[bool, set[str]]:
                 nodes.append(other)
     own = set(map(id, xs))
     attached = any(id(getattr(end, "variable", xs[0])) not in own for end in ends)
-    return attached, set(map(_name, set(map(type, nodes))))
+    return attached, frozenset(map(type, nodes))

@@ -135,7 +135,7 @@ class LinearOperator:
 
 # Directions at once where the caller set no chunk_size (measured: docs/decisions.md).
 DIRECTIONS = 256
-PUSHES = 1024  # in torch's forward mode, which keeps no graph
+PUSHES = 1024  # of a Jacobian in forward mode, which keeps nothing of a direction
 
 # Bytes of memory of this machine; 2^63 where the system does not say.
 HOST_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**63
