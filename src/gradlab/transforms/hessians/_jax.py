@@ -59,7 +59,8 @@ def hessian(
     check_fits("hessian", (tree.size, tree.size), tree)
     gradient = linearise(scalar_function("hessian", f, tree, args, has_aux), tree.leaves, gradient=True)
     traced = is_traced(gradient.outputs)
-    rows = over_basis(tree.size, lambda i: gradient.push(tree.unit(i)), second_order(chunk_size), traced)
+    chunk = second_order(chunk_size, gradient, tree.size, tree.size)
+    rows = over_basis(tree.size, lambda i: gradient.push(tree.unit(i)), chunk, traced)
     H = nested(tree, tree, rows)
     return (H, gradient.aux) if has_aux else H
 
@@ -75,7 +76,8 @@ def hessian_diagonal(
     )
     traced = is_traced(gradient.outputs)
     entry = lambda i: tree.ravel(gradient.push(tree.unit(i)))[i]
-    diagonal = tree.like(tree.split(over_basis(tree.size, entry, second_order(chunk_size), traced)))
+    chunk = second_order(chunk_size, gradient, tree.size, tree.size)
+    diagonal = tree.like(tree.split(over_basis(tree.size, entry, chunk, traced)))
     return (diagonal, gradient.aux) if has_aux else diagonal
 
 
@@ -88,14 +90,14 @@ def hessian_operator(
     gradient = linearise(
         scalar_function("hessian_operator", f, tree, args, has_aux), tree.leaves, gradient=True
     )
-    at_once = lambda chunk: second_order(chunk).compiled
+    at_once = lambda chunk, k: second_order(chunk, gradient, tree.size, k).compiled
     return _symmetric(tree, gradient.push, at_once, chunk_size, gradient.aux)
 
 
 def _symmetric(
     tree: Tree,
     apply: Callable[..., Any],
-    at_once: Callable[[int | None], int],
+    at_once: Callable[[int | None, int], int],
     chunk_size: int | None,
     aux: Any,
 ) -> LinearOperator:
@@ -103,7 +105,7 @@ def _symmetric(
         tree,
         tree,
         jax.jit(apply),
-        jax.jit(lambda V, chunk: in_chunks(apply, V, at_once(chunk)), static_argnums=1),
+        jax.jit(lambda V, chunk: in_chunks(apply, V, at_once(chunk, len(V[0]))), static_argnums=1),
         lambda H: H,
         chunk_size=chunk_size,
         aux=aux,
@@ -146,5 +148,7 @@ def ggn_operator(
         scalar_function("ggn_operator", loss, output(line.outputs), (), False), line.outputs, gradient=True
     )
     apply = lambda vs: line.pull(curvature.push(line.push(vs)))
-    at_once = lambda chunk: min(second_order(chunk).compiled, pulls(chunk, tree.dtype).compiled)
+    at_once = lambda chunk, k: min(
+        second_order(chunk, line, tree.size, k).compiled, pulls(chunk, tree.dtype).compiled
+    )
     return _symmetric(tree, apply, at_once, chunk_size, line.aux)

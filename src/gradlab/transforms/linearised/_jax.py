@@ -22,6 +22,7 @@ class Linearised:
     aux: Any
     push: Callable[[Leaves], Leaves]
     pull: Callable[[Leaves], Leaves]
+    kept: int  # elements of the intermediate results that the two maps keep
     forward: bool = True  # whether push is forward mode, not the pullback transposed
 
 
@@ -32,11 +33,12 @@ def linearise(f: Function, leaves: Leaves, *, gradient: bool = False) -> Lineari
     """
     leaves = list(leaves)
     outputs, push, aux = jax.linearize(gradient_of(f) if gradient else f, leaves, has_aux=True)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(push))
     if gradient:
-        return Linearised(outputs, aux, push, push)
+        return Linearised(outputs, aux, push, push, kept)
     pull = transposed(push, leaves)
     forward = not has_primitive("custom_lin", jax.make_jaxpr(push)(leaves).jaxpr)
-    return Linearised(outputs, aux, push if forward else transposed(pull, outputs), pull, forward)
+    return Linearised(outputs, aux, push if forward else transposed(pull, outputs), pull, kept, forward)
 
 
 def transposed(linear: Callable[[Leaves], Leaves], at: Leaves) -> Callable[[Leaves], Leaves]:
@@ -64,6 +66,9 @@ def gradient_of(f: Function) -> Callable[[Leaves], tuple[Leaves, Any]]:
     return jax.grad(first, has_aux=True)
 
 
+BATCHED_ELEMENTS = 2**29  # 2 GiB in float32
+
+
 class Chunk(NamedTuple):
     """Directions at once, in compiled and in eager code; None: a compiled loop there too."""
 
@@ -76,14 +81,16 @@ def pushes(chunk_size: int | None) -> Chunk:
     return Chunk(chunk_size or PUSHES, chunk_size or PUSHES)
 
 
-def second_order(chunk_size: int | None) -> Chunk:
-    """Compiled for a CPU one after the other, on an accelerator and in eager code many.
+def second_order(chunk_size: int | None, line: Linearised, n: int, k: int) -> Chunk:
+    """k products with the Hessian of n entries that was linearised as `line`.
 
-    A CPU's caches hold one direction's intermediates and not many: 1.2-1.6 gradients a direction against
-    1.6-2.0 batched.
+    Compiled for a CPU, batched where the parameters are a small part of what the linearisation keeps, and
+    a batch of that fits; else one after the other: a tangent of every weight matrix does not fit a cache.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    return Chunk(chunk_size or (1 if on_cpu else DIRECTIONS), chunk_size or DIRECTIONS)
+    batched = jax.default_backend() != "cpu" or (
+        5 * n < line.kept and min(k, DIRECTIONS) * line.kept < BATCHED_ELEMENTS
+    )
+    return Chunk(chunk_size or (DIRECTIONS if batched else 1), chunk_size or DIRECTIONS)
 
 
 def pulls(chunk_size: int | None, dtype: Any) -> Chunk:

@@ -35,6 +35,11 @@ class Tree:
             raise KindError(f"{op}: {name} holds no float array to differentiate (only {kinds}); convert it")
 
     @cached_property
+    def forms(self) -> list[tuple[Any, ...] | None]:
+        """Shape and dtype of each leaf."""
+        return list(map(_form, self.leaves))
+
+    @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         return [leaf.shape for leaf in self.leaves]
 
@@ -69,13 +74,13 @@ class Tree:
         spec: Any
         leaves, spec = jax.tree.flatten(v)
         if spec == self.spec:
-            leaves = [leaves[i] for i in self.places]
+            leaves = leaves if len(leaves) == len(self.places) else [leaves[i] for i in self.places]
         elif spec != jax.tree.structure(self.like(self.leaves)):
             raise InputError(
                 f"{self.op}: {name} has the structure {spec}, {self.name} has {self.spec}; "
                 f"pass a direction with the structure of {self.name}"
             )
-        if not batch and list(map(_form, leaves)) == list(map(_form, self.leaves)):
+        if not batch and list(map(_form, leaves)) == self.forms:
             return leaves
         leaves = [as_array(leaf, x.dtype) for leaf, x in zip(leaves, self.leaves, strict=True)]
         lead = leaves[0].shape[:1] if batch else ()
@@ -233,7 +238,8 @@ def as_array(leaf: Any, dtype: Any = None) -> Any:
 
 
 def _form(leaf: Any) -> tuple[Any, ...] | None:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else None
+    aval = getattr(leaf, "aval", None)  # of an array or tracer
+    return None if aval is None else (aval.shape, aval.dtype)
 
 
 def _is_float(leaf: Any) -> bool:

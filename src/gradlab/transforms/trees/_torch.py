@@ -51,6 +51,11 @@ class Tree:
             raise KindError(f"{op}: {name} holds no float tensor to differentiate (only {kinds}); convert it")
 
     @property
+    def forms(self) -> list[tuple[Any, ...] | None]:
+        """Shape and dtype of each leaf."""
+        return list(map(_form, self.leaves))
+
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
         return [tuple(leaf.shape) for leaf in self.leaves]
 
@@ -92,7 +97,7 @@ class Tree:
             leaves = self._matched(v, name)
         if len(leaves) > len(self.leaves):
             leaves = [leaves[i] for i in self.places]
-        if not batch and list(map(_form, leaves)) == list(map(_form, self.leaves)):
+        if not batch and list(map(_form, leaves)) == self.forms:
             return leaves
         leaves = [
             leaf if isinstance(leaf, torch.Tensor) else torch.as_tensor(leaf, dtype=x.dtype, device=x.device)
