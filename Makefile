@@ -21,10 +21,10 @@ demo: $(READY)
 	$(BIN)/gradlab verify --preset smoke --out results
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 test-all: $(READY)
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest -n auto --maxprocesses 4 -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -200,6 +200,10 @@ every cell again and fails where this page no longer says what happens.
 - *not traced by torch*: torch.compile knows `@` for tensors alone; `H.matvec(v)` is the same product.
 - In torch the two strategies with forward mode, asked for by name, are refused inside `jvp` and under
   `torch.compile`, where torch can be silently wrong; `"auto"` is right everywhere.
+- jax's own hole, below float64 on a CPU: XLA compiles a batched pullback through some norms wrongly
+  (docs/decisions.md). gradlab never batches one by itself, but `jax.jit(jax.vmap(...))` around `jacobian`
+  in reverse mode, `J.T`, `ggn_vp` or `hvp(strategy="reverse_over_reverse")` does. Use float64 there,
+  `jax.lax.map` for `jax.vmap`, or `XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=`.
 """
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ def cases(names: list[str], dtype: str, device: str, compile: bool) -> Iterator[
         yield _gauss_newton(s)
 
 
+def held(s: Setup) -> list[Case]:
+    """The cases whose memory is taken."""
+    return [_hvp(s, "compiled", jit), _many(s, 8)]
+
+
 def _unit(s: Setup, wrap: Callable[..., Any] = jit) -> Callable[[], Any]:
     gradient = wrap(grad(s.loss))
     return lambda: gradient(s.params)

@@ -86,6 +86,11 @@ def cases(names: list[str], dtype: str, device: str, compile: bool) -> Iterator[
         yield _gauss_newton(s)
 
 
+def held(s: Setup) -> list[Case]:
+    """The cases whose memory is taken."""
+    return [_hvp(s), _many(s, 8)]
+
+
 def _gradient(s: Setup) -> Callable[[], Any]:
     def gradient() -> Any:
         xs = s.fresh()

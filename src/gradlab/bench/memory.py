@@ -6,20 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 
-def peak(framework: str, call: Callable[..., Any], *args: Any) -> int | None:
+def peak(framework: str, call: Callable[..., Any], *args: Any, device: str = "cpu") -> int | None:
     """Peak bytes that `call(*args)` holds above what was there before: temporaries and results.
 
-    torch on an accelerator: the allocator's peak. torch on a CPU: the running sum of the profiler's
-    allocation events. jax: XLA's own plan of the compiled call, temporaries and outputs, so `call` must be
-    what jax.jit accepts. None where the framework does not say.
+    torch on an accelerator (say its device): the allocator's peak. torch on a CPU: the running sum of the
+    profiler's allocation events. jax: XLA's own plan of the compiled call, temporaries and outputs, so
+    `call` must be what jax.jit accepts. None where the framework does not say.
     """
-    return {"torch": _torch, "jax": _jax}[framework](call, *args)
+    return _jax(call, *args) if framework == "jax" else _torch(call, device, *args)
 
 
-def _torch(call: Callable[..., Any], *args: Any) -> int | None:
+def _torch(call: Callable[..., Any], device: str, *args: Any) -> int | None:
     import torch
 
-    if torch.cuda.is_available() and any(getattr(a, "is_cuda", False) for a in _leaves(args)):
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -36,12 +36,6 @@ def _torch(call: Callable[..., Any], *args: Any) -> int | None:
         held += event.nbytes()
         highest = max(highest, held)
     return highest if events else None
-
-
-def _leaves(tree: Any) -> list[Any]:
-    from torch.utils import _pytree as pytree
-
-    return pytree.tree_leaves(tree)
 
 
 def _jax(call: Callable[..., Any], *args: Any) -> int | None:

@@ -131,22 +131,22 @@ def overhead(framework: str) -> dict[str, float]:
     return {"dispatch_us": micro(lambda: framework_of("hvp", (f, tree, tree))), "checks_us": micro(door)}
 
 
-def memory(framework: str, problem: str) -> dict[str, int | None]:
-    """Peak bytes of one hvp and of eight directions at once, gradlab's and by hand; run in a child process."""
+def memory(framework: str, problem: str, device: str, dtype: str) -> list[dict[str, Any]]:
+    """Peak bytes of one hvp and of eight directions, gradlab's and by hand; run in a child process."""
     from gradlab.bench.memory import peak
 
     suite = importlib.import_module(f"gradlab.bench._suite_{framework}")
-    device = os.environ.get("GRADLAB_BENCH_DEVICE", "cpu")
-    found: dict[str, int | None] = {}
-    for case in (suite._hvp(suite.Setup(problem, "float32", device), *_mode(framework)),):
-        found["hvp, gradlab"] = peak(framework, case.ours)
-        for name, call in case.hand.items():
-            found[f"hvp, {name}"] = peak(framework, call)
-    return found
-
-
-def _mode(framework: str) -> tuple[Any, ...]:
-    return ("compiled", lambda f: f) if framework == "jax" else ()
+    return [
+        {
+            "problem": problem,
+            "operation": case.operation,
+            "bytes": {
+                name: peak(framework, call, device=device)
+                for name, call in {"gradlab": case.ours, **case.hand}.items()
+            },
+        }
+        for case in suite.held(suite.Setup(problem, dtype, device))
+    ]
 
 
 def run_framework(framework: str, preset: str, device: str, dtype: str) -> Iterator[dict[str, Any]]:
@@ -157,7 +157,7 @@ def run_framework(framework: str, preset: str, device: str, dtype: str) -> Itera
     for case in suite.cases(options["names"], dtype, device, compile=True):
         yield measure(case, functions.synchronise, options["repeats"], options["budget"])
     for problem in (name for name in options["names"] if name != "mlp_500"):
-        yield {"memory": problem, "bytes": memory(framework, problem)}
+        yield from memory(framework, problem, device, dtype)
     yield {"overhead": overhead(framework)}
 
 
@@ -175,7 +175,7 @@ def run(
     for name in ("jax", "torch") if framework == "both" else (framework,):
         rows = list(_child(name, preset, device, dtype, console))
         append(Path(out) / "bench.jsonl", _record(name, preset, device, dtype, rows))
-        console.print(table(name, rows))
+        console.print(table(name, rows), footnotes(rows))
         wrong = wrong or any("variants" in row and "ratio_to_best" not in row for row in rows)
     return int(wrong)
 
@@ -189,7 +189,7 @@ def _record(
 
 def _child(framework: str, preset: str, device: str, dtype: str, console: Any) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "gradlab.bench.suite", framework, preset, device, dtype]
-    quiet = {**os.environ, "GRADLAB_BENCH_DEVICE": device, "KINETO_LOG_LEVEL": "99"}
+    quiet = {**os.environ, "KINETO_LOG_LEVEL": "99"}
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet) as child,
         console.status(f"{framework}: starting") as status,
@@ -231,6 +231,22 @@ def table(framework: str, rows: list[dict[str, Any]]) -> Any:
         "unsafe: right here, wrong on other functions (docs/decisions.md)"
     )
     return shown
+
+
+def footnotes(rows: list[dict[str, Any]]) -> str:
+    """Peak memory and the overhead of a call, a line each."""
+    size = lambda count: "unknown" if count is None else f"{count / 2**20:.1f}"
+    lines = [
+        f"peak MiB, {row['problem']}, {row['operation']}: "
+        + ", ".join(f"{name} {size(count)}" for name, count in row["bytes"].items())
+        for row in rows
+        if "bytes" in row
+    ]
+    costs: dict[str, float] = next((row["overhead"] for row in rows if "overhead" in row), {})
+    lines += [
+        f"{name.removesuffix('_us')}: {cost:.1f} µs a call of ten leaves" for name, cost in costs.items()
+    ]
+    return "\n".join(lines)
 
 
 def _note(name: str, variant: dict[str, Any]) -> str:

@@ -84,8 +84,9 @@ def hessian(
         *args: Data, handed to f as they are.
         has_aux: Whether f returns `(value, aux)`; then the result is `(hessian, aux)`.
         chunk_size: Directions at once. Beside the result, memory is `chunk_size` times that of one
-            Hessian-vector product. None: in torch and eager jax 256; in compiled jax one at a time
-            on a CPU (the fastest there), 256 on an accelerator.
+            Hessian-vector product. None: 256; in compiled jax on a CPU one at a time, unless the
+            parameters are a small part (a fifth) of what the linearised gradient keeps, or the batch
+            would pass 2²⁹ elements: each is the faster one there (docs/decisions.md).
 
     Returns:
         A tree like x of trees like x: `H[a][b]` has shape `x[a].shape + x[b].shape`. For a single array
@@ -165,8 +166,8 @@ def hessian_operator(
         x: Point: a tree with n float entries in all; other leaves are held constant.
         *args: Data, handed to f as they are.
         has_aux: Whether f returns `(value, aux)`; then `aux` is the operator's attribute `aux`.
-        chunk_size: Directions at once in `matmat` and `dense`; None: all in `matmat` (one after the
-            other in jax on a CPU), 256 in `dense`.
+        chunk_size: Directions at once in `matmat` and `dense`. None: in torch all in `matmat`, 256 in
+            `dense`; in jax as for `hessian`, compiled.
 
     Returns:
         A `LinearOperator` of shape (n, n); it is its own transpose.
