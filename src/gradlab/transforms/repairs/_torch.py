@@ -31,18 +31,22 @@ class Level(IntEnum):
 
 
 class Repair(TorchFunctionMode):
-    """While active, calls of faulty operations run their right form; `met` says whether one was called."""
+    """While active, calls of faulty operations run their right form; `met` says whether one was called.
+
+    A forward-mode level that is open when it is made is the caller's own, of first order, and needs none.
+    """
 
     def __init__(self, level: Level):
         super().__init__()
         self.level = level
         self.met = False
+        self.own = forward_ad._current_level
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         right = RIGHT_FORMS.get(func)
         if right is not None:
             self.met = True
-            if self.level == Level.ALL or transforming():
+            if self.level == Level.ALL or transforming(self.own):
                 return right(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -58,9 +62,9 @@ def repaired(f: Callable[..., Any], repair: Repair | None = None) -> Callable[..
     return right
 
 
-def transforming() -> bool:
-    """Whether the compiler, a torch.func transform or forward mode is at work around this line."""
-    return is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+def transforming(own: int = -1) -> bool:
+    """Whether the compiler, a torch.func transform or forward mode (beyond level `own`) is at work here."""
+    return is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level > own
 
 
 def layer_norm(

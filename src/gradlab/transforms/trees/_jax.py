@@ -130,7 +130,7 @@ class Tree:
 
     def unit(self, i: Any) -> Leaves:
         """The unit direction number `i`."""
-        return self.split(jnp.zeros(self.size, self.dtype).at[i].set(1))
+        return self.split(jax.nn.one_hot(i, self.size, dtype=self.dtype))
 
     def stack(self, rows: Sequence[Any]) -> Any:
         """Batches of rows as one array."""
