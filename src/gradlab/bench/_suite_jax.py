@@ -52,8 +52,7 @@ def cases(names: list[str], dtype: str, device: str, compile: bool) -> Iterator[
         yield _hvp(s, "compiled", jit)
         yield _linearised(s)
         for k in (8, 32):
-            if k == 8 or name != "transformer_128":
-                yield _many(s, k)
+            yield _many(s, k)
         yield _gauss_newton(s)
 
 
