@@ -27,7 +27,7 @@ def _torch(call: Callable[..., Any], device: str, *args: Any) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         call(*args)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
