@@ -7,7 +7,7 @@ check.derivatives(f, x, *args).raise_if_failed()
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from gradlab._dispatch import framework_of
 from gradlab._errors import InputError, KindError
@@ -15,25 +15,50 @@ from gradlab.check.report import CheckError, Report, Row
 
 __all__ = ["CheckError", "Report", "Row", "derivatives"]
 
+Modes = Literal["all", "forward", "reverse"]
+
 
 def derivatives(
-    f: Callable[..., Any], x: Any, *args: Any, order: int = 2, has_aux: bool = False, seed: int = 0
+    f: Callable[..., Any],
+    x: Any,
+    *args: Any,
+    order: int = 2,
+    modes: Modes = "all",
+    has_aux: bool = False,
+    vmap: bool = True,
+    compiled: bool | None = None,
+    directions: int = 3,
+    seed: int = 0,
 ) -> Report:
-    """Check every derivative a framework claims for f at x against extrapolated differences.
+    """Check every claim a framework makes of f's derivatives at x against extrapolated differences.
 
-    Along random directions v, scaled like x, the slope of f is taken by central differences on a ladder
-    of steps, extrapolated to step zero, with an estimate of its own error ε. A derivative d is wrong
-    where |d - reference| > 10 ε + (rounding of the arithmetic), and only if a second ladder agrees;
-    what differences cannot resolve to one percent (a kink, a jump, noise) is inconclusive.
+    Along random directions v, scaled like x, f is evaluated in float64 on a ladder of steps; its slope is
+    extrapolated to step zero with an estimate of its own error ε. A derivative d is wrong where
+    |d - reference| > 10 ε + (rounding of the arithmetic, measured), and only if a second, finer ladder
+    agrees; what differences cannot resolve to one percent (a kink, a jump, a pole) is inconclusive.
+
+    The rows, for an f with many outputs at second order of u·f with a fixed random u:
+
+    - `value` (deterministic, finite, inputs not changed), `structure` (shape and dtype);
+    - `jvp`, `vjp`, `gradient` against differences; `jvp against vjp`; `vjp linear` (in the cotangent, zero
+      included); `vjp repeatable`; `each part alone` (a leaf of x, or of f's outputs, without the others);
+    - from order 2 `hvp` (gradlab's), `forward over reverse` and the other nests as the framework runs
+      them bare, `hessian symmetric`, and up to 8 entries the dense `hessian`; at order 3 the eight nests;
+    - `vmap`, `vmap of jvp`, `vmap of vjp`, `vjp of vmap` against a loop; `compiled` against eager.
 
     Args:
-        f: Function `f(x, *args)` to a scalar or a tree of floats, or `(value, aux)`.
-        x: Point: a tree; its float arrays are differentiated, other leaves are held constant.
+        f: Function `f(x, *args)` to a tree of floats, or `(value, aux)`.
+        x: Point: a tree, or a tuple of them; its float and complex arrays are differentiated (complex
+            ones as pairs of reals), other leaves are held constant.
         *args: Data, handed to f as they are.
-        order: 1 checks value, jvp, vjp and gradient; 2 also gradlab's hvp and (up to 32 entries) dense
-            Hessian, and the framework's forward over reverse and reverse over reverse. For an f with many
-            outputs these are of u·f(x) with a fixed random u.
+        order: 1, 2 or 3.
+        modes: Which modes the nests are made of: `"all"`, or `"forward"` or `"reverse"` alone.
         has_aux: Whether f returns `(value, aux)`.
+        vmap: Whether to check the function under vmap.
+        compiled: Whether to check it compiled; None: in jax, where it is cheap, and not in torch, where
+            torch.compile takes seconds.
+        directions: Random directions for each claim; a tree of several leaves has up to 6 more, of one
+            leaf each.
         seed: Of the directions.
 
     Returns:
@@ -43,16 +68,18 @@ def derivatives(
         judged in its own precision, against a float64 run of the same function where it has one.
 
     Raises:
-        InputError: order is not 1 or 2, an empty tree.
-        KindError: f is not callable, x or f's output has no floats, complex numbers.
+        InputError: order, modes or directions that do not exist, an empty tree.
+        KindError: f is not callable, x or f's output has no floats.
         BackendError: arrays of both frameworks, or of neither.
 
     Cost:
-        About 60 evaluations of f a direction and claim, 3 directions; at order 2 as many gradients, and
-        60 n gradients for the dense Hessian. Does not grow with the number of parameters otherwise. An
-        entry of x that is wrong by a fraction r is missed only where r times its part of a random
-        slope is below 10 ε: with ε near 1e-10, one wrong entry in 10^4 is found with all but
-        certainty, and located by bisection.
+        57 evaluations of f a direction, shared by all claims of first order, and as many gradients for
+        those of second order; besides one derivative a claim and direction. Does not grow with the
+        number of parameters. A row is evaluated again where its error needs an explanation.
+        Entries of a direction have sizes between 0.5 and 1.5, so that one wrong entry among n shifts the
+        slope by at least half of its fault, and is missed only where that is below 10 ε: with ε near
+        1e-13 of the whole slope, or where faults cancel along every direction (probability zero for
+        one wrong entry). Wrong entries of a gradient are located by bisection.
 
     Example:
         >>> import torch
@@ -66,10 +93,21 @@ def derivatives(
     """
     if not callable(f):
         raise KindError(f"check.derivatives: f is a {type(f).__name__}; pass the function, then its point")
-    if order not in (1, 2):
-        raise InputError(f"check.derivatives: order is {order!r}; pass 1 or 2")
-    if framework_of("check.derivatives", (x, *args)) == "torch":
-        from gradlab.check._torch import report
+    if order not in (1, 2, 3):
+        raise InputError(f"check.derivatives: order is {order!r}; pass 1, 2 or 3")
+    if modes not in get_args(Modes):
+        raise InputError(f"check.derivatives: modes is {modes!r}; pass one of {', '.join(get_args(Modes))}")
+    if not isinstance(directions, int) or directions < 1:
+        raise InputError(f"check.derivatives: directions is {directions!r}; pass a positive integer")
+    framework = framework_of("check.derivatives", (x, *args))
+    from gradlab.check.claims import MODES, Checked, rows
+
+    if framework == "torch":
+        from gradlab.check._torch import subjects
     else:
-        from gradlab.check._jax import report
-    return report(f, x, args, order, has_aux, seed)
+        from gradlab.check._jax import subjects
+    subject, shadow = subjects(f, x, args, has_aux)
+    checked = Checked(subject, shadow, seed, directions)
+    chosen = MODES if modes == "all" else (modes,)
+    compiled = framework == "jax" if compiled is None else compiled
+    return Report(framework, subject.dtype, rows(checked, order, chosen, vmap, compiled))

@@ -9,29 +9,50 @@ import jax.numpy as jnp
 import numpy as np
 
 import gradlab.jax as gl
-from gradlab.check.claims import entry_name, natural_scales, rows
-from gradlab.check.report import Report
+from gradlab.check.claims import entry_name
 from gradlab.transforms.trees._jax import Tree, tree_function
 
 OP = "check.derivatives"
+POINTS = np.array([1.0, 1.01, 0.98])  # multiples of x that are mapped over
 
 
-def report(f: Callable[..., Any], x: Any, args: Any, order: int, has_aux: bool, seed: int) -> Report:
-    """Check f in its own dtype, with a float64 run of the same function as its shadow, where it has one."""
+def subjects(f: Callable[..., Any], x: Any, args: Any, has_aux: bool) -> tuple[Subject, Subject | None]:
+    """f in its own dtype, and a float64 run of the same function as its shadow, where it has one."""
+    f, x = real_form(f, x, has_aux)
     subject = Subject(f, x, args, has_aux)
-    shadow = None
-    if subject.tree.dtype != jnp.float64:
-        wide = lambda leaf: leaf.astype(jnp.float64) if _is_float(leaf) else leaf
-        try:
-            with jax.enable_x64(True):
-                shadow = Subject(f, jax.tree.map(wide, x), jax.tree.map(wide, args), has_aux, wide=True)
-        except TypeError:  # f closes over arrays of its own dtype, in an operation that does not promote
-            shadow = None
-    return Report("jax", str(subject.tree.dtype), rows(subject, shadow, order, seed))
+    if subject.tree.dtype == jnp.float64:
+        return subject, None
+    try:
+        with jax.enable_x64(True):
+            x, args = jax.tree.map(_widened, (x, args))
+            return subject, Subject(f, x, args, has_aux, wide=True)
+    except TypeError:  # f closes over arrays of its own dtype, in an operation that does not promote
+        return subject, None
 
 
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating)
+def _widened(leaf: Any) -> Any:
+    if not isinstance(leaf, (jax.Array, np.ndarray)):
+        return leaf
+    kinds = ((jnp.floating, jnp.float64), (jnp.complexfloating, jnp.complex128))
+    return next((leaf.astype(wide) for kind, wide in kinds if jnp.issubdtype(leaf.dtype, kind)), leaf)
+
+
+def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..., Any], Any]:
+    """f and x with complex arrays as pairs of reals on a last axis: each framework's convention cancels."""
+    complex_leaf = lambda leaf: isinstance(leaf, (jax.Array, np.ndarray)) and jnp.iscomplexobj(leaf)
+    pairs = lambda leaf: jnp.stack([leaf.real, leaf.imag], -1) if complex_leaf(leaf) else leaf
+    leaves, structure = jax.tree.flatten(x)
+    which = [complex_leaf(leaf) for leaf in leaves]
+
+    def real(x: Any, *args: Any) -> Any:
+        given = jax.tree.leaves(x)
+        joined = [jax.lax.complex(z[..., 0], z[..., 1]) if c else z for c, z in zip(which, given, strict=True)]
+        y = f(jax.tree.unflatten(structure, joined), *args)
+        if has_aux and isinstance(y, tuple) and len(y) == 2:
+            return jax.tree.map(pairs, y[0]), y[1]
+        return jax.tree.map(pairs, y)
+
+    return real, jax.tree.map(pairs, x)
 
 
 class Subject:
@@ -43,26 +64,28 @@ class Subject:
         outputs, _ = self.function(self.tree.leaves)
         self.output = output(outputs)
         self.mode = (lambda: jax.enable_x64(True)) if wide else nullcontext
-        self.n, self.scalar = self.tree.size, self.output.shapes == [()]
+        self.n, self.sizes, self.scalar = self.tree.size, self.tree.sizes, self.output.shapes == [()]
+        self.parts = len(self.sizes) + len(self.output.sizes)
         self.eps = float(jnp.finfo(self.tree.dtype).eps)
         self.x = self._numpy(self.tree.ravel(self.tree.leaves))
-        self.weights = np.ones(1) if self.scalar else np.random.default_rng(1).normal(size=self.output.size)
-        self.u = jnp.asarray(self.weights, self.output.dtype)
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self.dtype = str(self.tree.dtype)
+        self.compilations: dict[Any, Callable[..., Any]] = {}
+
+    def weigh(self, u: np.ndarray) -> None:
+        self.weights = u
 
     def flat(self, z: Any) -> Any:
         """f on flat vectors."""
         return self.output.ravel(self.function(self.tree.split(z))[0])
-
-    def weighted(self, z: Any) -> Any:
-        """The scalar u·f that second-order claims are about; f itself when it is scalar."""
-        return self.flat(z) @ self.u
 
     def value(self, x: np.ndarray) -> np.ndarray:
         return self._run("value", self.flat, x)
 
     def mutated(self) -> str:
         return ""  # jax arrays cannot be
+
+    def structure(self) -> str:
+        return ""  # jax refuses a rule whose result has another shape or dtype
 
     def jvp(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         return self._run("jvp", lambda x, v: jax.jvp(self.flat, (x,), (v,))[1], x, v)
@@ -71,37 +94,93 @@ class Subject:
         return self._run("vjp", lambda x, u: jax.vjp(self.flat, x)[1](u)[0], x, u)
 
     def gradient(self, x: np.ndarray) -> np.ndarray:
-        return self._run("gradient", jax.grad(self.weighted), x)
+        return self.vjp(x, self.weights)
 
-    def second(self, x: np.ndarray, v: np.ndarray, how: str) -> np.ndarray:
-        def forward_over_reverse(x: Any, v: Any) -> Any:
-            return jax.jvp(jax.grad(self.weighted), (x,), (v,))[1]
+    def pulls(self, x: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        with self.mode():
+            pullback = jax.vjp(self.flat, self._array(x))[1]
+            once, again = (self._numpy(pullback(self._array(u))[0]) for _ in range(2))
+        return once, again, False
 
-        def reverse_over_reverse(x: Any, v: Any) -> Any:
-            return jax.vjp(jax.grad(self.weighted), x)[1](v)[0]
+    def jvp_by_leaf(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        def total(x: Any, v: Any) -> Any:
+            leaves, tangents = self.tree.split(x), self.tree.split(v)
 
-        def product(x: Any, v: Any) -> Any:
+            def alone(k: int, leaf: Any) -> Any:
+                return self.output.ravel(self.function([*leaves[:k], leaf, *leaves[k + 1 :]])[0])
+
+            each = (
+                jax.jvp(lambda z, k=k: alone(k, z), (leaves[k],), (tangents[k],))[1] for k in range(len(leaves))
+            )
+            return sum(each)
+
+        return self._run("jvp by leaf", total, x, v)
+
+    def vjp_by_output(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        def total(x: Any, u: Any) -> Any:
+            one = lambda z, k: self.function(self.tree.split(z))[0][k]
+            parts = enumerate(self.output.split(u))
+            return sum(jax.vjp(lambda z, k=k: one(z, k), x)[1](part)[0] for k, part in parts)
+
+        return self._run("vjp by output", total, x, u)
+
+    def nested(self, x: np.ndarray, v: np.ndarray, how: str) -> np.ndarray:
+        def nest(x: Any, v: Any, u: Any) -> Any:
+            function: Callable[[Any], Any] = lambda x: self.flat(x) @ u
+            vector = False  # whether the function gives a gradient, or its slope along v
+            for mode in reversed(how.split(" over ")):
+                function = _derived(mode, function, v, vector)
+                vector = vector or mode == "reverse"
+            return function(x)
+
+        return np.atleast_1d(self._run(how, nest, x, v, self.weights))
+
+    def product(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        def product(x: Any, v: Any, u: Any) -> Any:
             point, direction = self.tree.put(self.tree.split(x)), self.tree.like(self.tree.split(v))
-            return self.tree.ravel(Tree(OP, "v", gl.hvp(self.of_tree, point, direction)).leaves)
+            scalar = lambda x: self.output.ravel(self.function(Tree(OP, "x", x).leaves)[0]) @ u
+            return self.tree.ravel(Tree(OP, "v", gl.hvp(scalar, point, direction)).leaves)
 
-        ways = {
-            "hvp": product,
-            "forward over reverse": forward_over_reverse,
-            "reverse over reverse": reverse_over_reverse,
-        }
-        return self._run(how, ways[how], x, v)
+        return self._run("hvp", product, x, v, self.weights)
 
     def hessian(self, x: np.ndarray) -> np.ndarray:
-        return self._run("hessian", lambda x: gl.hessian(self.weighted, x), x)
+        return self._run(
+            "hessian", lambda x, u: gl.hessian(lambda x: self.flat(x) @ u, x), x, self.weights
+        )
 
-    def of_tree(self, x: Any) -> Any:
-        """u·f as a function of the user's own tree."""
-        outputs, _ = self.function(Tree(OP, "x", x).leaves)
-        return self.output.ravel(outputs) @ self.u
+    def mapped(self, how: str, x: np.ndarray, seed: np.ndarray, loop: bool) -> np.ndarray:
+        one: dict[str, Callable[..., Any]] = {
+            "vmap": lambda x, _: self.flat(x),
+            "vmap of jvp": lambda x, v: jax.jvp(self.flat, (x,), (v,))[1],
+            "vmap of vjp": lambda x, u: jax.vjp(self.flat, x)[1](u)[0],
+            "vjp of vmap": lambda x, u: jax.vjp(self.flat, x)[1](u)[0],
+        }
+        points = POINTS[:, None] * x
+        if loop:
+            return np.concatenate([self._run(f"{how}, one", one[how], z, seed) for z in points])
 
-    def scales(self) -> np.ndarray:
-        """A natural change of each entry: its size, or that of its leaf where it is nearly zero."""
-        return natural_scales(self.x, self.tree.sizes)
+        def many(points: Any, seed: Any) -> Any:
+            if how == "vjp of vmap":
+                y, pullback = jax.vjp(jax.vmap(self.flat), points)
+                return pullback(jnp.broadcast_to(seed, y.shape))[0]
+            return jax.vmap(one[how], (0, None))(points, seed)
+
+        return self._run(how, many, points, seed).reshape(-1)
+
+    def run(self, x: np.ndarray, u: np.ndarray, compiled: bool) -> np.ndarray:
+        def both(x: Any, u: Any) -> Any:
+            y, pullback = jax.vjp(self.flat, x)
+            return jnp.concatenate([y, pullback(u)[0]])
+
+        if compiled:
+            with self.mode():
+                compilation = self.compilations.setdefault("both", jax.jit(both))
+                return self._numpy(compilation(self._array(x), self._array(u)))
+        with self.mode():
+            return self._numpy(both(self._array(x), self._array(u)))
+
+    def mended(self) -> None:
+        return None  # jax has no operation that is known to be wrong
 
     def where(self, i: int) -> str:
         return entry_name(self.tree, i)
@@ -112,13 +191,23 @@ class Subject:
     def _run(self, name: str, function: Callable[..., Any], *vectors: np.ndarray) -> np.ndarray:
         """Compiled once; op by op where f looks at its values, which jit does not allow."""
         with self.mode():
-            arrays = [jnp.asarray(v, self.tree.dtype) for v in vectors]
-            run = self._compiled.setdefault(name, jax.jit(function))
+            arrays = [self._array(v) for v in vectors]
+            run = self.compilations.setdefault(name, jax.jit(function))
             try:
                 return self._numpy(run(*arrays))
             except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-                self._compiled[name] = function
+                self.compilations[name] = function
                 return self._numpy(function(*arrays))
+
+    def _array(self, vector: np.ndarray) -> Any:
+        return jnp.asarray(vector, self.tree.dtype)
 
     def _numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array, np.float64)
+
+
+def _derived(mode: str, f: Callable[[Any], Any], v: Any, vector: bool) -> Callable[[Any], Any]:
+    """The gradient of f (of v·f, where f is a vector), or its slope along v."""
+    if mode == "forward":
+        return lambda x: jax.jvp(f, (x,), (v,))[1]
+    return jax.grad((lambda x: f(x) @ v) if vector else f)

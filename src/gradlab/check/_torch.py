@@ -6,33 +6,36 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import gradlab.torch as gl
-from gradlab.check.claims import entry_name, natural_scales, rows
-from gradlab.check.report import Report
-from gradlab.transforms.repairs._torch import repaired
+from gradlab.check.claims import entry_name
+from gradlab.transforms.linearised._torch import materialised
+from gradlab.transforms.repairs._torch import Level, Repair, repaired
 from gradlab.transforms.trees._torch import Tree, tree_function
 
 OP = "check.derivatives"
+POINTS = np.array([1.0, 1.01, 0.98])  # multiples of x that are mapped over
+jvp, vjp, vmap = torch.func.jvp, torch.func.vjp, torch.func.vmap
 
 
-def report(f: Callable[..., Any], x: Any, args: Any, order: int, has_aux: bool, seed: int) -> Report:
-    """Check f in its own dtype, with a float64 run of the same function as its shadow, where it has one."""
+def subjects(f: Callable[..., Any], x: Any, args: Any, has_aux: bool) -> tuple[Subject, Subject | None]:
+    """f in its own dtype, and a float64 run of the same function as its shadow, where it has one."""
+    f, x = real_form(f, x, has_aux)
     subject = Subject(f, x, args, has_aux)
-    shadow = None
-    if subject.tree.dtype != torch.float64:
-        x, args = pytree.tree_map(_widened, (x, args))
-        shadow = _shadow(f, x, args, has_aux, nullcontext) or _shadow(f, x, args, has_aux, Widened)
-    return Report("torch", str(subject.tree.dtype).removeprefix("torch."), rows(subject, shadow, order, seed))
+    if subject.tree.dtype == torch.float64:
+        return subject, None
+    x, args = pytree.tree_map(_widened, (x, args))
+    return subject, _shadow(f, x, args, has_aux, nullcontext) or _shadow(f, x, args, has_aux, Widened)
 
 
-def _shadow(f: Any, x: Any, args: Any, has_aux: Any, within: Callable[[], Any]) -> Subject | None:
+def _shadow(f: Any, x: Any, args: Any, has_aux: bool, within: Callable[[], Any]) -> Subject | None:
     """The float64 run of f; None where an operation meets a tensor of another dtype, or has no such form."""
     try:
         shadow = Subject(f, x, args, has_aux, within)
-        shadow.gradient(shadow.x)
+        shadow.vjp(shadow.x, np.ones(shadow.output.size))
     except RuntimeError:
         return None
     return shadow if shadow.output.dtype == torch.float64 else None
@@ -52,11 +55,31 @@ class Widened(TorchFunctionMode):
 
 
 def _widened(leaf: Any) -> Any:
-    if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
-        return torch.float64
-    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
-        return leaf.double()
+    if isinstance(leaf, torch.dtype):
+        wide = torch.complex128 if leaf.is_complex else torch.float64
+        return wide if leaf.is_complex or leaf.is_floating_point else leaf
+    if isinstance(leaf, torch.Tensor):
+        wide = _widened(leaf.dtype)
+        return leaf if leaf.dtype == wide else leaf.to(wide)
     return type(leaf)(map(_widened, leaf)) if type(leaf) in (list, tuple) else leaf
+
+
+def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..., Any], Any]:
+    """f and x with complex tensors as pairs of reals on a last axis: each framework's convention cancels."""
+    complex_leaf = lambda leaf: isinstance(leaf, torch.Tensor) and leaf.is_complex()
+    pairs = lambda leaf: torch.stack([leaf.real, leaf.imag], -1) if complex_leaf(leaf) else leaf
+    leaves, structure = pytree.tree_flatten(x)
+    which = [complex_leaf(leaf) for leaf in leaves]
+
+    def real(x: Any, *args: Any) -> Any:
+        given = pytree.tree_leaves(x)
+        joined = [torch.complex(z[..., 0], z[..., 1]) if c else z for c, z in zip(which, given, strict=True)]
+        y = f(pytree.tree_unflatten(joined, structure), *args)
+        if has_aux and isinstance(y, tuple) and len(y) == 2:
+            return pytree.tree_map(pairs, y[0]), y[1]
+        return pytree.tree_map(pairs, y)
+
+    return real, pytree.tree_map(pairs, x)
 
 
 class Subject:
@@ -69,76 +92,145 @@ class Subject:
         detach = lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
         x, args = pytree.tree_map(detach, x), pytree.tree_map(detach, args)
         self.tree = Tree(OP, "x", x)
-        self.given = [
-            leaf for leaf in pytree.tree_leaves((self.tree.leaves, args)) if isinstance(leaf, torch.Tensor)
-        ]
-        before = [leaf.clone() for leaf in self.given]
+        tensors = [t for t in pytree.tree_leaves((self.tree.leaves, args)) if isinstance(t, torch.Tensor)]
+        before = [tensor.clone() for tensor in tensors]
         self.function, output = tree_function(OP, f, self.tree, args, has_aux)
         with within():
             outputs, _ = self.function(self.tree.leaves)
-        changed = [i for i, (a, b) in enumerate(zip(self.given, before, strict=True)) if not _same(a, b)]
+        changed = [i for i, (a, b) in enumerate(zip(tensors, before, strict=True)) if not _same(a, b)]
         self.changed = ["x" if i < len(self.tree.leaves) else "args" for i in changed]
         self.output = output([y.detach() for y in outputs])
-        self.n, self.scalar = self.tree.size, self.output.shapes == [()]
+        self.n, self.sizes, self.scalar = self.tree.size, self.tree.sizes, self.output.shapes == [()]
+        self.parts = len(self.sizes) + len(self.output.sizes)
         self.eps = torch.finfo(self.tree.dtype).eps
         self.x = self._numpy(self.tree.ravel(self.tree.leaves))
-        self.weights = np.ones(1) if self.scalar else np.random.default_rng(1).normal(size=self.output.size)
-        self.u = torch.as_tensor(self.weights, dtype=self.output.dtype, device=self.output.leaves[0].device)
+        self.dtype = str(self.tree.dtype).removeprefix("torch.")
+        self.compilations: dict[str, Callable[..., Any]] = {}
+
+    def weigh(self, u: np.ndarray) -> None:
+        self.weights = u
 
     def flat(self, z: Any) -> Any:
         """f on flat vectors."""
         return self.output.ravel(self.function(self.tree.split(z))[0])
 
-    def weighted(self, z: Any) -> Any:
-        """The scalar u·f that second-order claims are about; f itself when it is scalar."""
-        return self.flat(z) @ self.u
-
     def value(self, x: np.ndarray) -> np.ndarray:
-        return self._run(self.flat, x)
+        with torch.no_grad():
+            return self._run(self.flat, x)
 
     def mutated(self) -> str:
         return self.changed[0] if self.changed else ""
 
+    def structure(self) -> str:
+        with self.within():
+            xs = [x.detach().clone().requires_grad_() for x in self.tree.leaves]
+            outputs = [y for y in self.function(xs)[0] if y.requires_grad]
+            grads = torch.autograd.grad(outputs, xs, [torch.ones_like(y) for y in outputs], allow_unused=True)
+        for i, (g, x) in enumerate(zip(grads, xs, strict=True)):
+            if g is not None and (g.shape, g.dtype, g.device) != (x.shape, x.dtype, x.device):
+                place = self.tree.leaf_name(self.tree.places[i])
+                return f"the gradient by {place} is {g.dtype} {tuple(g.shape)}, x is {x.dtype} {tuple(x.shape)}"
+        return ""
+
     def jvp(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
-        return self._run(lambda x, v: torch.func.jvp(self.flat, (x,), (v,))[1], x, v)
+        return self._run(lambda x, v: _pushed(self.flat, [x], [v]), x, v)
 
     def vjp(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
-        return self._run(lambda x, u: _pulled(self.flat, x, u, create_graph=False), x, u)
+        return self._run(lambda x, u: _pulled(self.flat, x, u), x, u)
 
     def gradient(self, x: np.ndarray) -> np.ndarray:
-        return self._run(lambda x: _pulled(self.weighted, x, None, create_graph=False), x)
+        return self.vjp(x, self.weights)
 
-    def second(self, x: np.ndarray, v: np.ndarray, how: str) -> np.ndarray:
-        def forward_over_reverse(x: Any, v: Any) -> Any:
-            return torch.func.jvp(torch.func.grad(repaired(self.weighted)), (x,), (v,))[1]
+    def pulls(self, x: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        z, seed = self._array(x).requires_grad_(), self._array(u)
+        given = seed.clone()
+        with self.within():
+            y = self.flat(z)
+            if not y.requires_grad:
+                return 0 * x, 0 * x, False
+            pull = lambda u: torch.autograd.grad(y, z, u, retain_graph=True, materialize_grads=True)[0]
+            once, again = self._numpy(pull(seed)), self._numpy(pull(given.clone()))
+        return once, again, not _same(seed, given)
 
-        def reverse_over_reverse(x: Any, v: Any) -> Any:
-            return _pulled(
-                lambda x: _pulled(self.weighted, x, None, create_graph=True), x, v, create_graph=False
-            )
+    def jvp_by_leaf(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        def total(x: Any, v: Any) -> Any:
+            leaves, tangents = self.tree.split(x), self.tree.split(v)
 
-        def product(x: Any, v: Any) -> Any:
+            def alone(k: int, leaf: Any) -> Any:
+                return self.output.ravel(self.function([*leaves[:k], leaf, *leaves[k + 1 :]])[0])
+
+            each = (_pushed(lambda z, k=k: alone(k, z), [leaves[k]], [tangents[k]]) for k in range(len(leaves)))
+            return sum(each)
+
+        return self._run(total, x, v)
+
+    def vjp_by_output(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        def total(x: Any, u: Any) -> Any:
+            one = lambda z, k: self.function(self.tree.split(z))[0][k]
+            parts = enumerate(self.output.split(u))
+            return sum(_pulled(lambda z, k=k: one(z, k), x, part) for k, part in parts)
+
+        return self._run(total, x, u)
+
+    def nested(self, x: np.ndarray, v: np.ndarray, how: str) -> np.ndarray:
+        def nest(x: Any, v: Any, u: Any) -> Any:
+            function: Callable[[Any], Any] = lambda x: self.flat(x) @ u
+            vector = False  # whether the function gives a gradient, or its slope along v
+            for mode in reversed(how.split(" over ")):
+                function = _derived(mode, function, v, vector, graph="forward" not in how)
+                vector = vector or mode == "reverse"
+            return materialised(function(x))
+
+        return np.atleast_1d(self._run(nest, x, v, self.weights))
+
+    def product(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        def product(x: Any, v: Any, u: Any) -> Any:
             point, direction = self.tree.put(self.tree.split(x)), self.tree.like(self.tree.split(v))
-            return self.tree.ravel(Tree(OP, "v", gl.hvp(self.of_tree, point, direction)).leaves)
+            scalar = lambda x: self.output.ravel(self.function(Tree(OP, "x", x).leaves)[0]) @ u
+            return self.tree.ravel(Tree(OP, "v", gl.hvp(scalar, point, direction)).leaves)
 
-        ways = {
-            "hvp": product,
-            "forward over reverse": forward_over_reverse,
-            "reverse over reverse": reverse_over_reverse,
-        }
-        return self._run(ways[how], x, v)
+        return self._run(product, x, v, self.weights)
 
     def hessian(self, x: np.ndarray) -> np.ndarray:
-        return self._run(lambda x: gl.hessian(self.weighted, x), x)
+        return self._run(lambda x, u: gl.hessian(lambda x: self.flat(x) @ u, x), x, self.weights)
 
-    def of_tree(self, x: Any) -> Any:
-        """u·f as a function of the user's own tree."""
-        outputs, _ = self.function(Tree(OP, "x", x).leaves)
-        return self.output.ravel(outputs) @ self.u
+    def mapped(self, how: str, x: np.ndarray, seed: np.ndarray, loop: bool) -> np.ndarray:
+        one: dict[str, Callable[..., Any]] = {
+            "vmap": lambda x, _: self.flat(x),
+            "vmap of jvp": lambda x, v: materialised(jvp(self.flat, (x,), (v,))[1]),
+            "vmap of vjp": lambda x, u: vjp(self.flat, x)[1](u)[0],
+            "vjp of vmap": lambda x, u: vjp(self.flat, x)[1](u)[0],
+        }
+        points = POINTS[:, None] * x
+        if loop:
+            return np.concatenate([self._run(one[how], z, seed) for z in points])
 
-    def scales(self) -> np.ndarray:
-        """A natural change of each entry: its size, or that of its leaf where it is nearly zero."""
-        return natural_scales(self.x, self.tree.sizes)
+        def many(points: Any, seed: Any) -> Any:
+            if how == "vjp of vmap":
+                y, pullback = vjp(vmap(self.flat), points)
+                return pullback(seed.expand_as(y))[0]
+            return vmap(one[how], (0, None))(points, seed)
+
+        return self._run(many, points, seed).reshape(-1)
+
+    def run(self, x: np.ndarray, u: np.ndarray, compiled: bool) -> np.ndarray:
+        forward = self.flat
+        if compiled:
+            forward = self.compilations.setdefault("flat", torch.compile(lambda z: self.flat(z)))
+
+        def both(x: Any, u: Any) -> Any:
+            x = x.requires_grad_()
+            y = forward(x)
+            return torch.cat([y, _zero_or(lambda: torch.autograd.grad(y, x, u)[0], y, x)])
+
+        return self._run(both, x, u)
+
+    def mended(self) -> tuple[Subject, str] | None:
+        repair = Repair(Level.ALL)
+        other = Subject.__new__(Subject)
+        other.__dict__.update(self.__dict__, function=repaired(self.function, repair))
+        other.value(self.x)
+        return (other, ", ".join(sorted(repair.names))) if repair.names else None
 
     def where(self, i: int) -> str:
         return entry_name(self.tree, i)
@@ -147,22 +239,43 @@ class Subject:
         return entry_name(self.output, i)
 
     def _run(self, function: Callable[..., Any], *vectors: np.ndarray) -> np.ndarray:
-        first = self.tree.leaves[0]
-        arrays = [torch.tensor(v, dtype=self.tree.dtype, device=first.device) for v in vectors]
+        arrays = [self._array(v) for v in vectors]
         with self.within():
             return self._numpy(function(*arrays))
+
+    def _array(self, vector: np.ndarray) -> Any:
+        return torch.tensor(vector, dtype=self.tree.dtype, device=self.tree.leaves[0].device)
 
     def _numpy(self, array: Any) -> np.ndarray:
         return array.detach().to(torch.float64).cpu().numpy()
 
 
-def _pulled(f: Callable[..., Any], x: Any, u: Any, create_graph: bool) -> Any:
-    """Reverse mode by torch.autograd.grad, which every autograd.Function supports; zeros where f ignores x."""
+def _derived(mode: str, f: Callable[[Any], Any], v: Any, vector: bool, graph: bool) -> Callable[[Any], Any]:
+    """The gradient of f (of v·f, where f is a vector), or its slope along v; `graph`: by autograd alone."""
+    if mode == "forward":
+        return lambda x: jvp(f, (x,), (v,))[1]
+    scalar = (lambda x: f(x) @ v) if vector else f
+    return (lambda x: _pulled(scalar, x, None, create_graph=True)) if graph else torch.func.grad(scalar)
+
+
+def _pulled(f: Callable[..., Any], x: Any, u: Any, create_graph: bool = False) -> Any:
+    """Reverse mode by torch.autograd.grad, which every autograd.Function supports."""
     x = x if x.requires_grad else x.clone().requires_grad_()
     y = f(x)
-    if not y.requires_grad:
-        return torch.zeros_like(x)
-    return torch.autograd.grad(y, x, u, create_graph=create_graph, materialize_grads=True)[0]
+    return _zero_or(lambda: torch.autograd.grad(y, x, u, create_graph=create_graph, materialize_grads=True)[0], y, x)
+
+
+def _zero_or(gradient: Callable[[], Any], y: Any, x: Any) -> Any:
+    """A gradient; zeros where y does not depend on x."""
+    return gradient() if y.requires_grad else torch.zeros_like(x)
+
+
+def _pushed(f: Callable[..., Any], xs: list[Any], vs: list[Any]) -> Any:
+    """Forward mode by dual numbers, which every autograd.Function with a jvp supports."""
+    with forward_ad.dual_level():
+        y = f(*[forward_ad.make_dual(x, v) for x, v in zip(xs, vs, strict=True)])
+        primal, tangent = forward_ad.unpack_dual(y)
+    return torch.zeros_like(primal) if tangent is None else materialised(tangent)
 
 
 def _same(a: Any, b: Any) -> bool:

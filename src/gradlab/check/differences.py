@@ -10,14 +10,15 @@ measured on a difference table, divided by the step) and the jump of the slope, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 Function = Callable[[np.ndarray], np.ndarray]
 
 STEPS = 0.25 * 2.0 ** -np.arange(20)  # in units of the direction
-SECOND_STEPS = 0.3 * 1.7 ** -np.arange(22)  # another grid, to confirm a failure on
+SECOND_STEPS = 0.3 * 1.7 ** -np.arange(44)  # another grid, and finer: what the first leaves in doubt
 EVEN, ODD = (2, 4, 6, 8, 10, 12), (1, 3, 5, 7)  # error terms of central differences, and of their asymmetry
 NOISE_SPACING = 2.0**-22
 EPS = float(np.finfo(np.float64).eps)
@@ -34,6 +35,7 @@ class Estimate:
         raw: the plain differences at each step, shape (k, m).
         step: the step at which the tableau entry taken was formed, per output, shape (m,).
         noise: the measured noise of the function, per output, shape (m,).
+        size: the magnitude of the function itself at the point, shape (m,).
     """
 
     value: np.ndarray
@@ -42,13 +44,88 @@ class Estimate:
     raw: np.ndarray
     step: np.ndarray
     noise: np.ndarray
+    size: np.ndarray
+
+    def confirmed(self, other: Estimate) -> Estimate:
+        """The better of two, per output; where they contradict one another, no better than their distance."""
+        better = self.uncertainty <= other.uncertainty
+        distance = np.abs(self.value - other.value)
+        agree = distance <= 10 * (self.uncertainty + other.uncertainty)
+        least = np.minimum(self.uncertainty, other.uncertainty)
+        return replace(
+            self,
+            value=np.where(better, self.value, other.value),
+            uncertainty=np.where(agree, least, np.where(np.isnan(distance), np.inf, distance)),
+        )
 
 
-def directional(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS) -> Estimate:
-    """Derivative of g: R^n -> R^m at x along v: d/dt g(x + t v) at t = 0.
+def joined(parts: list[Estimate]) -> Estimate:
+    """Estimates of several functions on the same ladder, as of one with all their outputs."""
+    names = ("value", "uncertainty", "step", "noise", "size")
+    joint = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    raw = np.concatenate([part.raw for part in parts], axis=1)
+    return Estimate(steps=parts[0].steps, raw=raw, **joint)
 
-    The direction carries the scale: v should be as large as a natural change of x, of which the
-    largest step is a quarter.
+
+@dataclass(frozen=True)
+class Ladder:
+    """Values of g: R^n -> R^m around x along v: at the point, and at x ± h v for every step h.
+
+    Attributes:
+        steps: the ladder, shape (k,), in units of the direction.
+        centre, plus, minus: the values, shapes (m,), (k, m), (k, m).
+        sides: eight neighbouring values on either side, shape (2, 8, m), from which noise is measured.
+    """
+
+    steps: np.ndarray
+    centre: np.ndarray
+    plus: np.ndarray
+    minus: np.ndarray
+    sides: np.ndarray
+
+    def of(self, u: np.ndarray) -> Ladder:
+        """The ladder of the scalar u·g."""
+        one = lambda values: (values @ u)[..., None]
+        with np.errstate(all="ignore"):
+            return Ladder(self.steps, one(self.centre), one(self.plus), one(self.minus), one(self.sides))
+
+    @cached_property
+    def noise(self) -> np.ndarray:
+        """Standard deviation of g's rounding, from the high differences of neighbouring values.
+
+        The smaller answer of the two sides, so that a kink beside x does not pass for noise.
+        """
+        with np.errstate(all="ignore"):
+            found = np.minimum(*[table_noise(side) for side in self.sides])
+            return np.maximum(found, EPS * np.abs(self.centre))
+
+    def slope(self) -> Estimate:
+        """d/dt g(x + t v) at t = 0."""
+        h = self.steps[:, None]
+        with np.errstate(all="ignore"):
+            raw = (self.plus - self.minus) / (2 * h)
+            value, error, step = _extrapolated(raw, self.noise / h, self.steps, EVEN)
+            return Estimate(value, error + self._jump() / 2, self.steps, raw, step, self.noise, np.abs(self.centre))
+
+    def curvature(self) -> Estimate:
+        """d²/dt² g(x + t v) at t = 0; nothing is said where the slope jumps."""
+        h = self.steps[:, None]
+        with np.errstate(all="ignore"):
+            raw = (self.plus - 2 * self.centre + self.minus) / h**2
+            value, error, step = _extrapolated(raw, 4 * self.noise / h**2, self.steps, EVEN)
+            kink = np.where(self._jump() > 0, np.inf, 0.0)
+        return Estimate(value, error + kink, self.steps, raw, step, self.noise, np.abs(self.centre))
+
+    def _jump(self) -> np.ndarray:
+        """Jump of the slope at x, 0 where smooth: the limit of the asymmetry, h g'' + O(h³) if smooth."""
+        h = self.steps[:, None]
+        asymmetry = (self.plus - 2 * self.centre + self.minus) / h
+        limit, error, _ = _extrapolated(asymmetry, 4 * self.noise / h, self.steps, ODD)
+        return np.where(np.abs(limit) > 10 * error, np.abs(limit), 0.0)
+
+
+def ladder(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS) -> Ladder:
+    """Evaluate g around x along v, which should be as large as a natural change of x.
 
     Cost:
         2 evaluations of g a step, and 17 for its noise: 57 in all.
@@ -57,44 +134,20 @@ def directional(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = S
         Ridders, Advances in Engineering Software 4 (1982), doi:10.1016/S0141-1195(82)80057-0; noise as in
         Moré and Wild, SIAM J. Sci. Comput. 33 (2011), doi:10.1137/100786125.
     """
-    centre, plus, minus, noise = _sampled(g, x, v, steps)
-    h = steps[:, None]
-    raw = (plus - minus) / (2 * h)
-    value, error, step = _extrapolated(raw, noise / h, steps, EVEN)
-    return Estimate(value, error + _jump(centre, plus, minus, noise, steps) / 2, steps, raw, step, noise)
+    with np.errstate(all="ignore"):
+        sides = [[g(x + side * i * NOISE_SPACING * v) for i in range(1, 9)] for side in (-1, 1)]
+        plus, minus = ([g(x + side * h * v) for h in steps] for side in (1, -1))
+        return Ladder(steps, g(x), np.stack(plus), np.stack(minus), np.array(sides))
+
+
+def directional(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS) -> Estimate:
+    """Derivative of g: R^n -> R^m at x along v, by the `ladder` of its values."""
+    return ladder(g, x, v, steps).slope()
 
 
 def curvature(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS) -> Estimate:
-    """Second derivative along a direction, from values alone: d²/dt² g(x + t v) at t = 0.
-
-    Cost:
-        As `directional`.
-    """
-    centre, plus, minus, noise = _sampled(g, x, v, steps)
-    h = steps[:, None]
-    raw = (plus - 2 * centre + minus) / h**2
-    value, error, step = _extrapolated(raw, 4 * noise / h**2, steps, EVEN)
-    kink = np.where(_jump(centre, plus, minus, noise, steps) > 0, np.inf, 0.0)  # no second derivative there
-    return Estimate(value, error + kink, steps, raw, step, noise)
-
-
-def _sampled(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, ...]:
-    with np.errstate(all="ignore"):
-        centre = g(x)
-        plus = np.stack([g(x + h * v) for h in steps])
-        minus = np.stack([g(x - h * v) for h in steps])
-        return centre, plus, minus, _noise(g, x, v, centre)
-
-
-def _noise(g: Function, x: np.ndarray, v: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Standard deviation of g's rounding, from the high differences of neighbouring values.
-
-    Eight values on either side; the smaller answer, so that a kink beside x does not pass for noise.
-    """
-    sides = [
-        table_noise(np.stack([g(x + side * i * NOISE_SPACING * v) for i in range(1, 9)])) for side in (-1, 1)
-    ]
-    return np.maximum(np.minimum(*sides), EPS * np.abs(centre))
+    """Second derivative of g along v, by the `ladder` of its values."""
+    return ladder(g, x, v, steps).curvature()
 
 
 def table_noise(table: np.ndarray) -> np.ndarray:
@@ -106,15 +159,6 @@ def table_noise(table: np.ndarray) -> np.ndarray:
         if k >= 4:
             levels.append(np.sqrt(factor * np.mean(table**2, axis=0)))
     return np.max(levels, axis=0)
-
-
-def _jump(
-    centre: np.ndarray, plus: np.ndarray, minus: np.ndarray, noise: np.ndarray, steps: np.ndarray
-) -> np.ndarray:
-    """Jump of the slope at x, 0 where smooth: the limit of the asymmetry, which is h g'' + O(h³) if smooth."""
-    h = steps[:, None]
-    limit, error, _ = _extrapolated((plus - 2 * centre + minus) / h, 4 * noise / h, steps, ODD)
-    return np.where(np.abs(limit) > 10 * error, np.abs(limit), 0.0)
 
 
 def _extrapolated(

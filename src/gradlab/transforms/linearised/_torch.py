@@ -192,7 +192,7 @@ def _by_transforms(f: Function, leaves: Leaves, gradient: bool) -> Linearised:
 
     pull = linear(pullback)
     transpose = lambda us: linear(torch.func.vjp(pull, us)[1])
-    return Linearised(outputs, restore(tensors), pull, transpose, faulty=repair.met)
+    return Linearised(outputs, restore(tensors), pull, transpose, faulty=bool(repair.names))
 
 
 def _batched(f: Function, leaves: Leaves, gradient: bool) -> Linearised | None:
@@ -325,7 +325,7 @@ def _run(f: Function, xs: Leaves, level: Level) -> tuple[bool, tuple[Leaves, Any
         return False, f(xs)
     with sdpa_kernel(SDPBackend.MATH), Repair(level) as repair:
         result = f(xs)
-    return repair.met, result
+    return bool(repair.names), result
 
 
 def _learned_level(user: Any) -> Level:

@@ -31,7 +31,7 @@ class Level(IntEnum):
 
 
 class Repair(TorchFunctionMode):
-    """While active, calls of faulty operations run their right form; `met` says whether one was called.
+    """While active, calls of faulty operations run their right form; `names` says which were called.
 
     A forward-mode level that is open when it is made is the caller's own, of first order, and needs none.
     """
@@ -39,13 +39,13 @@ class Repair(TorchFunctionMode):
     def __init__(self, level: Level):
         super().__init__()
         self.level = level
-        self.met = False
+        self.names: set[str] = set()
         self.own = forward_ad._current_level
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         right = RIGHT_FORMS.get(func)
         if right is not None:
-            self.met = True
+            self.names.add(func.__name__)
             if self.level == Level.ALL or transforming(self.own):
                 return right(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -1,0 +1,191 @@
+"""The verdict on one derivative: against differences, against another form of itself, in its own precision.
+
+Neutral: a `Subject` (an adapter's) gives values and derivatives as float64 numpy vectors. An error counts
+as wrong where it is far beyond the uncertainty of the reference and what rounding can do; what the
+reference cannot resolve is inconclusive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from gradlab.check.differences import SECOND_STEPS, STEPS, Estimate, table_noise
+from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, Row
+
+Vector = np.ndarray
+
+FACTOR = 10.0  # an error this many times its reference's uncertainty (and the arithmetic's) is wrong
+RESOLUTION = 1e-2  # what cannot be resolved to this fraction of the derivative is inconclusive
+FLOOR = 1e-6  # ... or to this fraction of it relative to the value itself, and to the largest entry
+ULPS = 100.0  # rounding of the arithmetic that needs no measuring, in units of eps
+
+
+class Subject(Protocol):
+    """A function at a point, in one dtype, as its framework differentiates it."""
+
+    n: int
+    eps: float
+    scalar: bool
+    x: Vector
+    sizes: list[int]  # of the leaves of x
+    parts: int  # leaves of x and of f's output
+    weights: Vector  # the fixed u of the scalar u·f that second-order claims are about
+
+    def weigh(self, u: Vector) -> None: ...
+    def value(self, x: Vector) -> Vector: ...
+    def mutated(self) -> str: ...
+    def structure(self) -> str: ...
+    def jvp(self, x: Vector, v: Vector) -> Vector: ...
+    def vjp(self, x: Vector, u: Vector) -> Vector: ...
+    def gradient(self, x: Vector) -> Vector: ...
+    def pulls(self, x: Vector, u: Vector) -> tuple[Vector, Vector, bool]: ...
+    def jvp_by_leaf(self, x: Vector, v: Vector) -> Vector: ...
+    def vjp_by_output(self, x: Vector, u: Vector) -> Vector: ...
+    def nested(self, x: Vector, v: Vector, how: str) -> Vector: ...
+    def product(self, x: Vector, v: Vector) -> Vector: ...
+    def hessian(self, x: Vector) -> Vector: ...
+    def mapped(self, how: str, x: Vector, seed: Vector, loop: bool) -> Vector: ...
+    def run(self, x: Vector, u: Vector, compiled: bool) -> Vector: ...
+    def mended(self) -> tuple[Subject, str] | None: ...
+    def where(self, i: int) -> str: ...
+    def where_output(self, i: int) -> str: ...
+
+
+Derivative = Callable[[Any, Vector, Vector], Vector]  # (subject, x, the direction or cotangent it is seeded with)
+
+
+def judged(
+    claim: str,
+    derivative: Derivative,
+    seed: Vector,
+    reference: Callable[[np.ndarray], Estimate],
+    c: Any,
+    where: Callable[[int], str] = lambda i: "",
+) -> Row:
+    """The verdict on a derivative against differences in float64, then in its own precision."""
+    exact, estimate = derivative(c.high, c.x, seed), reference(STEPS)
+    allowed = FACTOR * estimate.uncertainty + _rounding(c.high, exact)
+    error = _distance(exact, estimate.value, allowed)
+    if not (error <= allowed).all():
+        allowed = allowed + _spread(derivative, c.high, c, seed, exact)
+    if not ((error <= allowed) & resolved(estimate)).all():
+        estimate = estimate.confirmed(reference(SECOND_STEPS))
+        allowed = FACTOR * estimate.uncertainty + _rounding(c.high, exact)
+        allowed = allowed + _spread(derivative, c.high, c, seed, exact)
+        error = _distance(exact, estimate.value, allowed)
+    if not (error <= allowed).all():
+        return _failed(claim, error, allowed, exact, estimate.value, where, "")
+    if c.low is not c.high:
+        low, bound = derivative(c.low, c.x, seed), _rounding(c.low, exact)
+        error = _distance(low, exact, allowed)
+        if not (error <= bound).all():
+            bound = bound + _spread(derivative, c.low, c, seed, low) + _scatter(derivative, c, seed)
+        if not (error <= bound).all():
+            note = " (right in float64: imprecise, not wrong)"
+            return _failed(claim, error, bound, low, exact, where, note)
+        allowed = allowed + bound
+    i = int(np.argmax(error / allowed))
+    row = Row(claim, PASSED, float(error[i]), float(allowed[i]) / FACTOR, where(i))
+    if resolved(estimate).all():
+        return row
+    i = int(np.argmin(resolved(estimate)))
+    message = (
+        f"differences resolve it to {FACTOR * estimate.uncertainty[i]:.1e} only, near {estimate.value[i]:.3g}; "
+        f"the framework gives {exact[i]:.3g}: a kink, jump or pole?"
+    )
+    return Row(claim, INCONCLUSIVE, float(error[i]), float(estimate.uncertainty[i]), where(i), message)
+
+
+def agreed(
+    claim: str,
+    one: Derivative,
+    other: Derivative,
+    seed: Vector,
+    c: Any,
+    where: Callable[[int], str] = lambda i: "",
+    words: str = "",
+) -> Row:
+    """The verdict on two forms of the same numbers, which differ by rounding alone."""
+    left, right = one(c.low, c.x, seed), other(c.low, c.x, seed)
+    if left.shape != right.shape:
+        return Row(claim, FAILED, message=f"shape {left.shape} where {right.shape} is right")
+    allowed, finite = _rounding(c.low, right), np.isfinite(left) | np.isfinite(right)
+    error = np.where(finite, np.abs(left - right), 0.0)
+    if not (error <= allowed).all():
+        allowed = allowed + _spread(other, c.low, c, seed, right) + _spread(one, c.low, c, seed, left)
+    if not (error <= allowed).all():
+        return _failed(claim, error, allowed, left, right, where, "", words or "the other form gives")
+    i = int(np.argmax(error / allowed)) if error.size else 0
+    return Row(claim, PASSED, float(error[i]), float(allowed[i]) / FACTOR) if error.size else Row(claim, PASSED)
+
+
+def resolved(estimate: Estimate) -> np.ndarray:
+    """Where differences say enough to judge by."""
+    largest = np.abs(estimate.value).max(initial=0.0)
+    scale = np.maximum(np.abs(estimate.value), FLOOR * np.maximum(estimate.size, largest))
+    return ~(FACTOR * estimate.uncertainty > RESOLUTION * scale)
+
+
+def _distance(exact: Vector, value: Vector, allowed: Vector) -> Vector:
+    """|exact - value|; none where nothing is known, as beside a pole."""
+    with np.errstate(all="ignore"):
+        error = np.abs(exact - value)
+    return np.where(np.isfinite(allowed), np.where(np.isnan(error), np.inf, error), 0.0)
+
+
+def _rounding(s: Subject, exact: Vector) -> Vector:
+    """Rounding that needs no excuse, entry by entry."""
+    with np.errstate(all="ignore"):
+        return np.nan_to_num(ULPS * s.eps * np.abs(exact)) + np.finfo(np.float64).tiny
+
+
+def _spread(derivative: Derivative, s: Subject, c: Any, seed: Vector, here: Vector) -> Vector:
+    """What rounding in the subject's own precision can do: the answer to changes of a few ulps."""
+    sizes = (1, 1, 2, 2, 3, 4)
+    near = lambda z, size: z * (1 + s.eps * size * c.rng.choice([-1.0, 1.0], size=z.size))
+    with np.errstate(all="ignore"):
+        moved = [derivative(s, near(c.x, size), near(seed, size)) for size in sizes]
+        return FACTOR * np.nan_to_num(np.max([np.abs(m - here) for m in moved], axis=0))
+
+
+def _scatter(derivative: Derivative, c: Any, seed: Vector) -> Vector:
+    """The noise of the low precision: how its distance from float64 scatters over neighbouring points."""
+    signs = c.rng.choice([-1.0, 1.0], size=c.x.size)
+    points = [c.x * (1 + i * 2.0**-12 * signs) for i in range(1, 9)]
+    return FACTOR * table_noise(
+        np.stack([derivative(c.low, z, seed) - derivative(c.high, z, seed) for z in points])
+    )
+
+
+def _failed(
+    claim: str,
+    error: Vector,
+    allowed: Vector,
+    actual: Vector,
+    right: Vector,
+    where: Callable[[int], str],
+    note: str,
+    words: str = "differences give",
+) -> Row:
+    with np.errstate(all="ignore"):
+        excess = np.where(np.isfinite(error), error / allowed, np.inf)
+    i = int(np.argmax(excess))
+    message = f"{actual[i]:.6g} where {words} {right[i]:.6g}, off by {error[i]:.1e}{note}"
+    others = int((excess > 1).sum()) - 1
+    row = Row(claim, FAILED, float(error[i]), float(allowed[i]) / FACTOR, message=message)
+    return told(row, where(i) + (f" and {others} more" if others and where(i) else ""))
+
+
+def told(row: Row, where: str) -> Row:
+    """The row with the place of its fault."""
+    message = f"at {where}: {row.message}" if where and not row.message.startswith("at ") else row.message
+    return Row(row.claim, row.status, row.error, row.uncertainty, where, message)
+
+
+def worst(found: list[Row]) -> Row:
+    """The row that says most: a failure, then doubt, then the largest error."""
+    rank = {FAILED: 2, INCONCLUSIVE: 1, PASSED: 0}
+    return max(found, key=lambda row: (rank[row.status], row.ratio or 0.0))
