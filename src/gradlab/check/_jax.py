@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import jax
@@ -18,23 +20,39 @@ POINTS = np.array([1.0, 1.01, 0.98])  # multiples of x that are mapped over
 
 def subjects(f: Callable[..., Any], x: Any, args: Any, has_aux: bool) -> tuple[Subject, Subject | None]:
     """f in its own dtype, and a float64 run of the same function as its shadow, where it has one."""
-    f, x = real_form(f, x, has_aux)
-    subject = Subject(f, x, args, has_aux)
+    subject = Subject(*real_form(f, x, has_aux), args, has_aux)
     if subject.tree.dtype == jnp.float64:
         return subject, None
-    try:
-        with jax.enable_x64(True):
-            x, args = jax.tree.map(_widened, (x, args))
-            return subject, Subject(f, x, args, has_aux, wide=True)
-    except TypeError:  # f closes over arrays of its own dtype, in an operation that does not promote
-        return subject, None
+    with jax.enable_x64(True):
+        x, args = _widened((x, args))
+        for form in (lambda: f, lambda: _widened(f)):  # the second where an operation does not promote
+            try:
+                return subject, Subject(*real_form(form(), x, has_aux), args, has_aux, wide=True)
+            except (TypeError, ValueError, RecursionError):  # or there is no such form
+                continue
+    return subject, None
 
 
-def _widened(leaf: Any) -> Any:
-    if not isinstance(leaf, (jax.Array, np.ndarray)):
-        return leaf
-    kinds = ((jnp.floating, jnp.float64), (jnp.complexfloating, jnp.complex128))
-    return next((leaf.astype(wide) for kind, wide in kinds if jnp.issubdtype(leaf.dtype, kind)), leaf)
+def _widened(tree: Any) -> Any:
+    """The tree in float64: its arrays, and those that its functions close over."""
+    return jax.tree.map(_widened_leaf, tree)
+
+
+def _widened_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, (jax.Array, np.ndarray)):
+        kinds = ((jnp.floating, jnp.float64), (jnp.complexfloating, jnp.complex128))
+        return next((leaf.astype(wide) for kind, wide in kinds if jnp.issubdtype(leaf.dtype, kind)), leaf)
+    if isinstance(leaf, FunctionType):
+        names = {k: v for k, v in leaf.__globals__.items() if k in leaf.__code__.co_names}
+        known = {k: _widened(v) for k, v in names.items() if not isinstance(v, (FunctionType, ModuleType, type))}
+        cells = tuple(CellType(_widened(cell.cell_contents)) for cell in leaf.__closure__ or ())
+        defaults = _widened(leaf.__defaults__)
+        return FunctionType(leaf.__code__, {**leaf.__globals__, **known}, leaf.__name__, defaults, cells)
+    if isinstance(leaf, (jax.custom_vjp, jax.custom_jvp)):
+        wide = copy.copy(leaf)
+        vars(wide).update({k: _widened_leaf(v) for k, v in vars(leaf).items() if isinstance(v, FunctionType)})
+        return wide
+    return leaf
 
 
 def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..., Any], Any]:
@@ -75,8 +93,8 @@ class Subject:
         self.weights = u
 
     def flat(self, z: Any) -> Any:
-        """f on flat vectors."""
-        return self.output.ravel(self.function(self.tree.split(z))[0])
+        """f on flat vectors, all in the dtype of x."""
+        return self.output.ravel(self.function(self.tree.split(z))[0]).astype(self.tree.dtype)
 
     def value(self, x: np.ndarray) -> np.ndarray:
         return self._run("value", self.flat, x)

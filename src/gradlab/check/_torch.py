@@ -111,8 +111,8 @@ class Subject:
         self.weights = u
 
     def flat(self, z: Any) -> Any:
-        """f on flat vectors."""
-        return self.output.ravel(self.function(self.tree.split(z))[0])
+        """f on flat vectors, all in the dtype of x."""
+        return self.output.ravel(self.function(self.tree.split(z))[0]).to(self.tree.dtype)
 
     def value(self, x: np.ndarray) -> np.ndarray:
         with torch.no_grad():

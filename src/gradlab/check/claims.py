@@ -176,8 +176,10 @@ def _pulled(c: Checked, claim: str, u: Vector, pull: Callable[[Subject, Vector, 
     found = _located(within, c.directions[0])
     if not found:
         return row
-    entry = within((np.arange(c.low.n) == found[0]).astype(np.float64))  # where a step of its size resolves it
-    names = ", ".join(c.low.where(i) for i in found) + (" ..." if len(found) == LOCATED else "")
+    entries = {i: within((np.arange(c.low.n) == i).astype(np.float64)) for i in found}
+    order = sorted(found, key=lambda i: -(entries[i].error or 0.0))
+    names = ", ".join(c.low.where(i) for i in order) + (" ..." if len(found) == LOCATED else "")
+    entry = entries[order[0]]  # where a step of its own size resolves it
     return told(entry if entry.status == FAILED else row, names)
 
 

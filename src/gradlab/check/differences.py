@@ -35,7 +35,7 @@ class Estimate:
         raw: the plain differences at each step, shape (k, m).
         step: the step at which the tableau entry taken was formed, per output, shape (m,).
         noise: the measured noise of the function, per output, shape (m,).
-        size: the magnitude of the function itself at the point, shape (m,).
+        size: the magnitude of the function at the point, and of its change over the ladder, shape (m,).
     """
 
     value: np.ndarray
@@ -99,13 +99,19 @@ class Ladder:
             found = np.minimum(*[table_noise(side) for side in self.sides])
             return np.maximum(found, EPS * np.abs(self.centre))
 
+    @cached_property
+    def size(self) -> np.ndarray:
+        """The magnitude of g at x, or of its change over the ladder."""
+        moved = np.abs(np.concatenate([self.plus, self.minus]) - self.centre)
+        return np.maximum(np.abs(self.centre), np.where(np.isfinite(moved), moved, 0.0).max(axis=0))
+
     def slope(self) -> Estimate:
         """d/dt g(x + t v) at t = 0."""
         h = self.steps[:, None]
         with np.errstate(all="ignore"):
             raw = (self.plus - self.minus) / (2 * h)
             value, error, step = _extrapolated(raw, self.noise / h, self.steps, EVEN)
-            return Estimate(value, error + self._jump() / 2, self.steps, raw, step, self.noise, np.abs(self.centre))
+            return Estimate(value, error + self._jump() / 2, self.steps, raw, step, self.noise, self.size)
 
     def curvature(self) -> Estimate:
         """d²/dt² g(x + t v) at t = 0; nothing is said where the slope jumps."""
@@ -114,7 +120,7 @@ class Ladder:
             raw = (self.plus - 2 * self.centre + self.minus) / h**2
             value, error, step = _extrapolated(raw, 4 * self.noise / h**2, self.steps, EVEN)
             kink = np.where(self._jump() > 0, np.inf, 0.0)
-        return Estimate(value, error + kink, self.steps, raw, step, self.noise, np.abs(self.centre))
+        return Estimate(value, error + kink, self.steps, raw, step, self.noise, self.size)
 
     def _jump(self) -> np.ndarray:
         """Jump of the slope at x, 0 where smooth: the limit of the asymmetry, h g'' + O(h³) if smooth."""

@@ -19,7 +19,8 @@ Vector = np.ndarray
 
 FACTOR = 10.0  # an error this many times its reference's uncertainty (and the arithmetic's) is wrong
 RESOLUTION = 1e-2  # what cannot be resolved to this fraction of the derivative is inconclusive
-FLOOR = 1e-6  # ... or to this fraction of it relative to the value itself, and to the largest entry
+FLOOR = 1e-6  # ... where it is less than this part of the value's own size
+SMALL = 1e-3  # ... or than this part of the largest entry
 ULPS = 100.0  # rounding of the arithmetic that needs no measuring, in units of eps
 
 
@@ -79,7 +80,8 @@ def judged(
     if not (error <= allowed).all():
         return _failed(claim, error, allowed, exact, estimate.value, where, "")
     if c.low is not c.high:
-        low, bound = derivative(c.low, c.x, seed), _rounding(c.low, exact)
+        low = derivative(c.low, c.x, seed)
+        bound = _rounding(c.low, exact) + np.sqrt(c.low.eps) * np.nan_to_num(np.abs(exact))
         error = _distance(low, exact, allowed)
         if not (error <= bound).all():
             bound = bound + _spread(derivative, c.low, c, seed, low) + _scatter(derivative, c, seed)
@@ -125,7 +127,7 @@ def agreed(
 def resolved(estimate: Estimate) -> np.ndarray:
     """Where differences say enough to judge by."""
     largest = np.abs(estimate.value).max(initial=0.0)
-    scale = np.maximum(np.abs(estimate.value), FLOOR * np.maximum(estimate.size, largest))
+    scale = np.maximum.reduce([np.abs(estimate.value), FLOOR * estimate.size, 0 * estimate.size + SMALL * largest])
     return ~(FACTOR * estimate.uncertainty > RESOLUTION * scale)
 
 
