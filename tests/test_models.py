@@ -75,7 +75,9 @@ def test_against_differences(fw):
     failed = {row.claim for row in report.rows if row.status == "failed"}
     # torch's own layer norm loses a term there, which the row says
     assert failed == (set() if fw.name == "jax" else {"forward over forward", "reverse over forward"})
-    assert all("layer_norm differentiated by primitives is right" in report[claim].message for claim in failed)
+    assert all(
+        "layer_norm differentiated by primitives is right" in report[claim].message for claim in failed
+    )
 
 
 def test_an_equinox_module_is_a_point():

@@ -54,6 +54,17 @@ def framework_of(name: str, args: tuple[Any, ...]) -> str:
     )
 
 
+def refuse_foreign(op: str, name: str, leaf: Any) -> None:
+    """Refuse an array of a framework in the namespace of the other."""
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    found: set[str] = set()
+    _collect(leaf, torch, jax, found)
+    for framework in found:
+        raise BackendError(
+            f"{op}: {name} is an array of {framework}; call gradlab.{framework}.{op}, or convert it"
+        )
+
+
 def _collect(tree: Any, torch: Any, jax: Any, found: set[str]) -> None:
     if torch is not None and isinstance(tree, (torch.Tensor, torch.nn.Module)):
         found.add("torch")

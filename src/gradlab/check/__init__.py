@@ -103,10 +103,10 @@ def derivatives(
     from gradlab.check.claims import MODES, Checked, rows
 
     if framework == "torch":
-        from gradlab.check._torch import subjects
+        from gradlab.check import _torch as adapter
     else:
-        from gradlab.check._jax import subjects
-    subject, shadow = subjects(f, x, args, has_aux)
+        from gradlab.check import _jax as adapter  # type: ignore[no-redef]
+    subject, shadow = adapter.subjects(f, x, args, has_aux)
     checked = Checked(subject, shadow, seed, directions)
     chosen = MODES if modes == "all" else (modes,)
     compiled = framework == "jax" if compiled is None else compiled

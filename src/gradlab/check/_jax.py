@@ -44,7 +44,9 @@ def _widened_leaf(leaf: Any) -> Any:
         return next((leaf.astype(wide) for kind, wide in kinds if jnp.issubdtype(leaf.dtype, kind)), leaf)
     if isinstance(leaf, FunctionType):
         names = {k: v for k, v in leaf.__globals__.items() if k in leaf.__code__.co_names}
-        known = {k: _widened(v) for k, v in names.items() if not isinstance(v, (FunctionType, ModuleType, type))}
+        known = {
+            k: _widened(v) for k, v in names.items() if not isinstance(v, (FunctionType, ModuleType, type))
+        }
         cells = tuple(CellType(_widened(cell.cell_contents)) for cell in leaf.__closure__ or ())
         defaults = _widened(leaf.__defaults__)
         return FunctionType(leaf.__code__, {**leaf.__globals__, **known}, leaf.__name__, defaults, cells)
@@ -64,7 +66,9 @@ def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..
 
     def real(x: Any, *args: Any) -> Any:
         given = jax.tree.leaves(x)
-        joined = [jax.lax.complex(z[..., 0], z[..., 1]) if c else z for c, z in zip(which, given, strict=True)]
+        joined = [
+            jax.lax.complex(z[..., 0], z[..., 1]) if c else z for c, z in zip(which, given, strict=True)
+        ]
         y = f(jax.tree.unflatten(structure, joined), *args)
         if has_aux and isinstance(y, tuple) and len(y) == 2:
             return jax.tree.map(pairs, y[0]), y[1]
@@ -128,7 +132,8 @@ class Subject:
                 return self.output.ravel(self.function([*leaves[:k], leaf, *leaves[k + 1 :]])[0])
 
             each = (
-                jax.jvp(lambda z, k=k: alone(k, z), (leaves[k],), (tangents[k],))[1] for k in range(len(leaves))
+                jax.jvp(lambda z, k=k: alone(k, z), (leaves[k],), (tangents[k],))[1]
+                for k in range(len(leaves))
             )
             return sum(each)
 
@@ -162,9 +167,7 @@ class Subject:
         return self._run("hvp", product, x, v, self.weights)
 
     def hessian(self, x: np.ndarray) -> np.ndarray:
-        return self._run(
-            "hessian", lambda x, u: gl.hessian(lambda x: self.flat(x) @ u, x), x, self.weights
-        )
+        return self._run("hessian", lambda x, u: gl.hessian(lambda x: self.flat(x) @ u, x), x, self.weights)
 
     def mapped(self, how: str, x: np.ndarray, seed: np.ndarray, loop: bool) -> np.ndarray:
         one: dict[str, Callable[..., Any]] = {

@@ -129,7 +129,9 @@ class Subject:
         for i, (g, x) in enumerate(zip(grads, xs, strict=True)):
             if g is not None and (g.shape, g.dtype, g.device) != (x.shape, x.dtype, x.device):
                 place = self.tree.leaf_name(self.tree.places[i])
-                return f"the gradient by {place} is {g.dtype} {tuple(g.shape)}, x is {x.dtype} {tuple(x.shape)}"
+                return (
+                    f"the gradient by {place} is {g.dtype} {tuple(g.shape)}, x is {x.dtype} {tuple(x.shape)}"
+                )
         return ""
 
     def jvp(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -159,7 +161,9 @@ class Subject:
             def alone(k: int, leaf: Any) -> Any:
                 return self.output.ravel(self.function([*leaves[:k], leaf, *leaves[k + 1 :]])[0])
 
-            each = (_pushed(lambda z, k=k: alone(k, z), [leaves[k]], [tangents[k]]) for k in range(len(leaves)))
+            each = (
+                _pushed(lambda z, k=k: alone(k, z), [leaves[k]], [tangents[k]]) for k in range(len(leaves))
+            )
             return sum(each)
 
         return self._run(total, x, v)
@@ -207,7 +211,8 @@ class Subject:
 
         def many(points: Any, seed: Any) -> Any:
             if how == "vjp of vmap":
-                y, pullback = vjp(vmap(self.flat), points)
+                mapped: Any = vjp(vmap(self.flat), points)
+                y, pullback = mapped
                 return pullback(seed.expand_as(y))[0]
             return vmap(one[how], (0, None))(points, seed)
 
@@ -216,7 +221,7 @@ class Subject:
     def run(self, x: np.ndarray, u: np.ndarray, compiled: bool) -> np.ndarray:
         forward = self.flat
         if compiled:
-            forward = self.compilations.setdefault("flat", torch.compile(lambda z: self.flat(z)))
+            forward = self.compilations.setdefault("flat", torch.compile(self.flat))
 
         def both(x: Any, u: Any) -> Any:
             x = x.requires_grad_()
@@ -262,7 +267,9 @@ def _pulled(f: Callable[..., Any], x: Any, u: Any, create_graph: bool = False) -
     """Reverse mode by torch.autograd.grad, which every autograd.Function supports."""
     x = x if x.requires_grad else x.clone().requires_grad_()
     y = f(x)
-    return _zero_or(lambda: torch.autograd.grad(y, x, u, create_graph=create_graph, materialize_grads=True)[0], y, x)
+    return _zero_or(
+        lambda: torch.autograd.grad(y, x, u, create_graph=create_graph, materialize_grads=True)[0], y, x
+    )
 
 
 def _zero_or(gradient: Callable[[], Any], y: Any, x: Any) -> Any:

@@ -194,7 +194,9 @@ def _located(within: Callable[[Vector], Row], v: Vector) -> list[int]:
             continue
         halves = np.array_split(inside, 2)
         tried = [within(np.where(np.isin(np.arange(v.size), half), v, 0.0)) for half in halves]
-        pending += [half for half, row in reversed(list(zip(halves, tried, strict=True))) if row.status == FAILED]
+        pending += [
+            half for half, row in reversed(list(zip(halves, tried, strict=True))) if row.status == FAILED
+        ]
     return sorted(found)
 
 
@@ -234,7 +236,9 @@ def _parts(u: Vector, forward: bool, reverse: bool, c: Checked) -> Row:
     found, claim = [], "each part alone"
     if reverse:
         alone = lambda s, x, u: s.vjp_by_output(x, u)
-        found.append(agreed(claim, alone, lambda s, x, u: s.vjp(x, u), u, c, c.low.where, "together they give"))
+        found.append(
+            agreed(claim, alone, lambda s, x, u: s.vjp(x, u), u, c, c.low.where, "together they give")
+        )
     if forward:
         each = lambda s, x, v: s.jvp_by_leaf(x, v)
         v, where = c.directions[0], c.low.where_output

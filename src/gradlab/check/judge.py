@@ -55,7 +55,9 @@ class Subject(Protocol):
     def where_output(self, i: int) -> str: ...
 
 
-Derivative = Callable[[Any, Vector, Vector], Vector]  # (subject, x, the direction or cotangent it is seeded with)
+Derivative = Callable[
+    [Any, Vector, Vector], Vector
+]  # (subject, x, the direction or cotangent it is seeded with)
 
 
 def judged(
@@ -121,13 +123,17 @@ def agreed(
     if not (error <= allowed).all():
         return _failed(claim, error, allowed, left, right, where, "", words or "the other form gives")
     i = int(np.argmax(error / allowed)) if error.size else 0
-    return Row(claim, PASSED, float(error[i]), float(allowed[i]) / FACTOR) if error.size else Row(claim, PASSED)
+    return (
+        Row(claim, PASSED, float(error[i]), float(allowed[i]) / FACTOR) if error.size else Row(claim, PASSED)
+    )
 
 
 def resolved(estimate: Estimate) -> np.ndarray:
     """Where differences say enough to judge by."""
     largest = np.abs(estimate.value).max(initial=0.0)
-    scale = np.maximum.reduce([np.abs(estimate.value), FLOOR * estimate.size, 0 * estimate.size + SMALL * largest])
+    scale = np.maximum.reduce(
+        [np.abs(estimate.value), FLOOR * estimate.size, 0 * estimate.size + SMALL * largest]
+    )
     return ~(FACTOR * estimate.uncertainty > RESOLUTION * scale)
 
 

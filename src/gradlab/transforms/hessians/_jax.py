@@ -8,11 +8,13 @@ import jax
 from gradlab._errors import InputError
 from gradlab.transforms.hessians import Strategy
 from gradlab.transforms.linearised._jax import (
+    by_reverse,
     gradient_of,
     in_chunks,
     is_traced,
     linearise,
     over_basis,
+    product_of_gradient,
     pulls,
     second_order,
 )
@@ -27,19 +29,20 @@ def hvp(
     tree = Tree("hvp", "x", x)
     vs = tree.direction(v)
     function = scalar_function("hvp", f, tree, args, has_aux)
-    if strategy in ("auto", "forward_over_reverse"):
-        _, product, aux = jax.jvp(gradient_of(function), (tree.leaves,), (vs,), has_aux=True)
+    if strategy == "auto":
+        product, aux = product_of_gradient(function, tree.leaves, vs)
     else:
-        product, aux = _by_reverse(function, tree.leaves, vs, strategy)
+        product, aux = _by_name(function, tree.leaves, vs, strategy)
     return (tree.like(product), aux) if has_aux else tree.like(product)
 
 
-def _by_reverse(function: Any, leaves: Any, vs: Any, strategy: str) -> tuple[Any, Any]:
+def _by_name(function: Any, leaves: Any, vs: Any, strategy: str) -> tuple[Any, Any]:
     if strategy not in get_args(Strategy):
         raise InputError(f"hvp: unknown strategy {strategy!r}; pass one of {', '.join(get_args(Strategy))}")
-    if strategy == "reverse_over_reverse":
-        _, pullback, aux = jax.vjp(gradient_of(function), leaves, has_aux=True)
-        (product,) = pullback(vs)
+    if strategy == "forward_over_reverse":
+        _, product, aux = jax.jvp(gradient_of(function), (leaves,), (vs,), has_aux=True)
+    elif strategy == "reverse_over_reverse":
+        product, aux = by_reverse(function, leaves, vs)
     else:
 
         def directional(xs: Any) -> tuple[Any, Any]:
@@ -75,7 +78,7 @@ def hessian_diagonal(
         scalar_function("hessian_diagonal", f, tree, args, has_aux), tree.leaves, gradient=True
     )
     traced = is_traced(gradient.outputs)
-    entry = lambda i: tree.ravel(gradient.push(tree.unit(i)))[i]
+    entry = lambda i: tree.ravel(gradient.push(tree.unit(i)))[i] if tree.size else 0.0
     chunk = second_order(chunk_size, gradient, tree.size, tree.size)
     diagonal = tree.like(tree.split(over_basis(tree.size, entry, chunk, traced)))
     return (diagonal, gradient.aux) if has_aux else diagonal
@@ -125,8 +128,8 @@ def ggn_vp(
     vs = tree.direction(v)
     function, output = tree_function("ggn_vp", model, tree, args, has_aux)
     line = linearise(function, tree.leaves)
-    slope = gradient_of(scalar_function("ggn_vp", loss, output(line.outputs), (), False))
-    _, curved, _ = jax.jvp(slope, (list(line.outputs),), (line.push(vs),), has_aux=True)
+    outer = scalar_function("ggn_vp", loss, output(line.outputs), (), False)
+    curved, _ = product_of_gradient(outer, line.outputs, line.push(vs))
     product = tree.like(line.pull(curved))
     return (product, line.aux) if has_aux else product
 

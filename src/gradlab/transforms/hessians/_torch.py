@@ -17,7 +17,7 @@ from gradlab.transforms.linearised._torch import (
     tensors_only,
 )
 from gradlab.transforms.operators import DIRECTIONS, LinearOperator, check_chunk_size, check_fits
-from gradlab.transforms.repairs._torch import repaired
+from gradlab.transforms.repairs._torch import Level, Repair, repaired
 from gradlab.transforms.trees._torch import Tree, nested, scalar_function, tree_function
 
 
@@ -43,7 +43,8 @@ def _by_forward(function: Any, leaves: Any, vs: Any, strategy: str) -> Any:
             f"hvp: strategy {strategy!r} can be silently wrong in torch {torch.__version__} under torch.compile "
             "and inside jvp; use 'reverse_over_reverse', or 'auto', which takes it"
         )
-    value, restore = tensors_only(lambda xs: _first(repaired(function)(xs)))
+    repair = Repair(Level.ALL)
+    value, restore = tensors_only(lambda xs: _first(repaired(function, repair)(xs)))
     if strategy == "forward_over_reverse":
         gradient = torch.func.grad(value, has_aux=True)
         along: Any = torch.func.jvp(gradient, (leaves,), (vs,), has_aux=True)
@@ -54,6 +55,12 @@ def _by_forward(function: Any, leaves: Any, vs: Any, strategy: str) -> Any:
             return torch.func.jvp(value, (xs,), (vs,), has_aux=True)[1:]
 
         product, aux = torch.func.grad(directional, has_aux=True)(leaves)
+    if not repair.forward:
+        raise StrategyError(
+            f"hvp: strategy {strategy!r} can be silently wrong where f uses forward mode of its own, "
+            "torch.no_grad, a hook, or an operation whose forward derivative is not right "
+            "(docs/decisions.md); use 'reverse_over_reverse', or 'auto', which takes it"
+        )
     return [materialised(leaf) for leaf in product], restore(aux)
 
 
@@ -72,7 +79,7 @@ def hessian(
     gradient = linearise(
         scalar_function("hessian", f, tree, args, has_aux), tree.leaves, f, gradient=True, many=True
     )
-    rows = over_basis(tree, gradient.pull, chunk_size or DIRECTIONS)
+    rows = over_basis(tree, tree, gradient.pull, chunk_size or DIRECTIONS)
     H = nested(tree, tree, [tree.stack(leaf) for leaf in zip(*(part for _, part in rows), strict=True)])
     return (H, gradient.aux) if has_aux else H
 
@@ -88,7 +95,7 @@ def hessian_diagonal(
     )
     parts = [
         tree.ravel(rows).diagonal(start)
-        for start, rows in over_basis(tree, gradient.pull, chunk_size or DIRECTIONS)
+        for start, rows in over_basis(tree, tree, gradient.pull, chunk_size or DIRECTIONS)
     ]
     diagonal = tree.like(tree.split(tree.stack(parts)))
     return (diagonal, gradient.aux) if has_aux else diagonal

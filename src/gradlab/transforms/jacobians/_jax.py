@@ -6,7 +6,7 @@ from typing import Any, get_args
 import jax
 
 from gradlab._errors import InputError
-from gradlab.transforms.jacobians import Mode
+from gradlab.transforms.jacobians import Mode, one_of
 from gradlab.transforms.linearised._jax import (
     in_chunks,
     is_traced,
@@ -39,12 +39,16 @@ def jacobian(
     traced = is_traced(line.outputs)
     pulled = pulls(chunk_size, y.dtype)
     pushed = pushes(chunk_size) if line.forward else pulled
-    if mode == "forward" or (mode == "auto" and tree.size < y.size):
-        columns = over_basis(tree.size, lambda i: line.push(tree.unit(i)), pushed, traced)
-        J = nested_columns(y, tree, columns)
-    else:
-        rows = over_basis(y.size, lambda i: line.pull(y.unit(i)), pulled, traced)
-        J = nested(y, tree, rows)
+
+    def forward() -> Any:
+        return nested_columns(
+            y, tree, over_basis(tree.size, lambda i: line.push(tree.unit(i)), pushed, traced)
+        )
+
+    def reverse() -> Any:
+        return nested(y, tree, over_basis(y.size, lambda i: line.pull(y.unit(i)), pulled, traced))
+
+    J = one_of(forward, reverse, mode, tree.size < y.size, ValueError)  # no reverse mode of a while_loop
     return (J, line.aux) if has_aux else J
 
 

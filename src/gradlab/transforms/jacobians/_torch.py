@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from gradlab._errors import InputError
-from gradlab.transforms.jacobians import Mode
+from gradlab.transforms.jacobians import Mode, one_of
 from gradlab.transforms.linearised._torch import in_chunks, linearise, over_basis, pushforward
 from gradlab.transforms.operators import DIRECTIONS, PUSHES, LinearOperator, check_chunk_size, check_fits
 from gradlab.transforms.trees._torch import Tree, nested, nested_columns, tree_function
@@ -27,13 +27,17 @@ def jacobian(
     line = linearise(function, tree.leaves, f, many=True)
     y = output(line.outputs)
     check_fits("jacobian", (y.size, tree.size), tree)
-    if mode == "forward" or (mode == "auto" and tree.size < y.size):
+
+    def forward() -> Any:
         push = pushforward(function, tree.leaves, line)
-        columns = [part for _, part in over_basis(tree, push, chunk_size or PUSHES)]
-        J = nested_columns(y, tree, [tree.stack(leaf) for leaf in zip(*columns, strict=True)])
-    else:
-        rows = [part for _, part in over_basis(y, line.pull, chunk_size or DIRECTIONS)]
-        J = nested(y, tree, [tree.stack(leaf) for leaf in zip(*rows, strict=True)])
+        columns = [part for _, part in over_basis(tree, y, push, chunk_size or PUSHES)]
+        return nested_columns(y, tree, [tree.stack(leaf) for leaf in zip(*columns, strict=True)])
+
+    def reverse() -> Any:
+        rows = [part for _, part in over_basis(y, tree, line.pull, chunk_size or DIRECTIONS)]
+        return nested(y, tree, [tree.stack(leaf) for leaf in zip(*rows, strict=True)])
+
+    J = one_of(forward, reverse, mode, tree.size < y.size, NotImplementedError)
     return (J, line.aux) if has_aux else J
 
 

@@ -34,11 +34,33 @@ def linearise(f: Function, leaves: Leaves, *, gradient: bool = False) -> Lineari
     leaves = list(leaves)
     outputs, push, aux = jax.linearize(gradient_of(f) if gradient else f, leaves, has_aux=True)
     kept = sum(leaf.size for leaf in jax.tree.leaves(push))
-    if gradient:
-        return Linearised(outputs, aux, push, push, kept)
-    pull = transposed(push, leaves)
     forward = not has_primitive("custom_lin", jax.make_jaxpr(push)(leaves).jaxpr)
+    if gradient:
+        product = push if forward else transposed(push, leaves)
+        return Linearised(outputs, aux, product, product, kept, forward)
+    pull = transposed(push, leaves)
     return Linearised(outputs, aux, push if forward else transposed(pull, outputs), pull, kept, forward)
+
+
+def product_of_gradient(f: Function, leaves: Leaves, vs: Leaves) -> tuple[Leaves, Any]:
+    """H v and aux for one direction: forward over reverse, or reverse twice where a rule has no forward mode."""
+    along = lambda xs, vs: jax.jvp(gradient_of(f), (xs,), (vs,), has_aux=True)[1:]
+    leaves, vs = list(leaves), list(vs)
+    try:
+        product, aux = along(leaves, vs)
+    except TypeError:  # a custom_vjp whose rule calls another
+        return by_reverse(f, leaves, vs)
+    contains = lambda name, g, *args: has_primitive(name, jax.make_jaxpr(g)(*args).jaxpr)
+    ruled = is_traced(product) and contains("custom_vjp_call", f, leaves)
+    if ruled and contains("custom_lin", along, leaves, vs):  # which would raise when compiled
+        return by_reverse(f, leaves, vs)
+    return product, aux
+
+
+def by_reverse(f: Function, leaves: Leaves, vs: Leaves) -> tuple[Leaves, Any]:
+    """The same by reverse over reverse."""
+    _, pullback, aux = jax.vjp(gradient_of(f), leaves, has_aux=True)
+    return pullback(list(vs))[0], aux
 
 
 def transposed(linear: Callable[[Leaves], Leaves], at: Leaves) -> Callable[[Leaves], Leaves]:
@@ -106,7 +128,7 @@ def over_basis(n: int, apply: Callable[[Any], Any], chunk: Chunk, traced: bool) 
     Compiled code loops (jax.lax.map); eager code runs jax.vmap where it may, since a loop compiles anew at
     each call.
     """
-    if traced or chunk.eager is None:
+    if traced or chunk.eager is None or n == 0:
         return in_chunks(apply, jnp.arange(n), chunk.compiled)
     starts = range(0, n, chunk.eager)
     parts = [jax.vmap(apply)(jnp.arange(i, min(i + chunk.eager, n))) for i in starts]

@@ -1,22 +1,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from operator import attrgetter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
+from torch.compiler import set_stance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
 
-from gradlab._errors import StrategyError
+from gradlab._errors import InputError, StrategyError
 from gradlab._typing import Function, Leaves
 from gradlab.transforms.repairs._torch import (
-    FAULTY_BEYOND_SECOND,
+    FAULTY,
+    FAULTY_AT_SECOND,
+    FIRST_IN_GRAD_MODE,
     UNREPAIRABLE,
     WITHOUT_SECOND,
     Level,
@@ -40,13 +45,13 @@ class Linearised:
     aux: Any
     pull: Callable[..., Leaves]
     transpose: Callable[[Leaves], Callable[..., Leaves]] | None = None
-    faulty: bool = True  # whether f may call operations that are repaired
+    forward: bool = True  # whether forward mode through f gives the same
     transposed: Callable[..., Leaves] | None = None  # made at the first push
 
     def push(self, vs: Leaves, many: bool = False) -> Leaves:
         if self.transposed is None:
             assert self.transpose is not None
-            self.transposed = self.transpose([torch.zeros_like(y) for y in self.outputs])
+            self.transposed = self.transpose([torch.ones_like(y) for y in self.outputs])
         return self.transposed(vs, many)
 
 
@@ -59,19 +64,19 @@ def linearise(
     `many` says that the products will be of many directions at once.
     """
     if transforming():
-        return _by_transforms(f, leaves, gradient)
-    line = _batched(f, leaves, gradient) if many else None
+        return _by_transforms(f, leaves, gradient, Level.ALL)
+    line = _batched(f, leaves, gradient, user) if many else None
     return line or _by_graph(f, leaves, user, gradient)
 
 
 def product_of_gradient(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple[Leaves, Any]:
     """H v and aux for one direction, after which nothing is kept."""
     if transforming():
-        line = _by_transforms(f, leaves, gradient=True)
+        line = _by_transforms(f, leaves, True, Level.ALL)
         return line.pull(vs), line.aux
-    xs, gradient, aux, attached = _recorded(f, leaves, user, True)
-    again = attached or (torch.is_grad_enabled() and any(map(_requires_grad, vs)))
-    return _backward(gradient, xs, vs, create_graph=again), aux
+    graph = _recorded(f, leaves, user, True)
+    again = graph.attached or (torch.is_grad_enabled() and any(map(_requires_grad, vs)))
+    return graph.backward(vs, create_graph=again), graph.aux
 
 
 def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple[Linearised, Leaves]:
@@ -91,15 +96,18 @@ def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple
     if not (transforming() or any(map(_requires_grad, leaves)) or any(map(_requires_grad, vs))):
         try:
             with forward_ad.dual_level():
-                xs, outputs, aux, attached = _recorded(along, leaves, user, False)
-            if not attached:
+                graph = _recorded(along, leaves, user, False, forward=True)
+            if not graph.attached:
 
                 def pull(us: Leaves, last: bool) -> Leaves:
                     again = torch.is_grad_enabled() and any(map(_requires_grad, us))
-                    return _backward(outputs, xs, us, create_graph=again)
+                    try:
+                        return graph.backward(us, create_graph=again)
+                    except CheckpointError:  # a checkpoint recomputes without the tangents, and is puzzled
+                        return linearise(f, leaves, user).pull(us)
 
-                return Linearised([y.detach() for y in outputs], aux, pull), tangents
-        except RuntimeError:  # an operation without forward mode
+                return Linearised([y.detach() for y in graph.outputs], graph.aux, pull), tangents
+        except (RuntimeError, NoForwardMode):
             pass
     line = linearise(f, leaves, user)
     return line, line.push(vs)
@@ -107,13 +115,13 @@ def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple
 
 def pushforward(f: Function, leaves: Leaves, line: Linearised) -> Callable[..., Leaves]:
     """J v for stacked tangents: by batched forward mode on the same terms as `linearise_along`."""
-    right = repaired(f) if line.faulty else f
-    one = lambda vs: torch.func.jvp(lambda xs: right(xs)[0], (list(leaves),), (vs,))[1]
+    one = lambda vs: torch.func.jvp(lambda xs: f(xs)[0], (list(leaves),), (vs,))[1]
 
     def push(vs: Leaves, many: bool = True) -> Leaves:
-        if not transforming() and not any(map(_requires_grad, line.outputs)):
+        if line.forward and not transforming() and not any(map(_requires_grad, line.outputs)):
             try:
-                return torch.func.vmap(one)(list(vs))
+                with sdpa_kernel(SDPBackend.MATH):
+                    return torch.func.vmap(one)(list(vs))
             except RuntimeError:  # an operation without forward mode
                 pass
         return line.push(vs, many=True)
@@ -127,8 +135,12 @@ def materialised(tensor: Any) -> Any:
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if zero else tensor
 
 
-def over_basis(tree: Any, apply: Callable[..., Leaves], chunk: int) -> Iterator[tuple[int, Leaves]]:
+def over_basis(
+    tree: Any, codomain: Any, apply: Callable[..., Leaves], chunk: int
+) -> Iterator[tuple[int, Leaves]]:
     """A start, and the products with the unit directions from there on: a chunk at a time."""
+    if tree.size == 0:
+        yield 0, [x.new_zeros(0, *x.shape) for x in codomain.leaves]
     for start in range(0, tree.size, chunk):
         yield start, apply(tree.basis(start, min(start + chunk, tree.size)), many=True)
 
@@ -162,9 +174,9 @@ def tensors_only(f: Callable[..., tuple[Any, Any]]) -> tuple[Callable[..., Any],
     return of_tensors, restore
 
 
-def _by_transforms(f: Function, leaves: Leaves, gradient: bool) -> Linearised:
+def _by_transforms(f: Function, leaves: Leaves, gradient: bool, level: Level, user: Any = None) -> Linearised:
     """torch.func: reverse over reverse, right under vmap, grad, jvp and torch.compile, and batched."""
-    repair = Repair(Level.ALL)
+    repair = Repair(level)
     of_tensors, restore = tensors_only(repaired(f, repair))
 
     def first(xs: Leaves) -> tuple[Any, Any]:
@@ -174,6 +186,9 @@ def _by_transforms(f: Function, leaves: Leaves, gradient: bool) -> Linearised:
     function = torch.func.grad(first, has_aux=True) if gradient else of_tensors
     linearised: Any = torch.func.vjp(function, list(leaves), has_aux=True)
     outputs, pullback, tensors = linearised
+    again = any(map(_requires_grad, outputs)) or any(map(_requires_grad, leaves))
+    if level < Level.ALL and repair.names and (again or repair.differentiates):
+        return _by_transforms(f, leaves, gradient, Level.ALL, user)
 
     def linear(pullback: Callable[..., Any]) -> Callable[..., Leaves]:
         one = lambda us: pullback(us)[0]
@@ -181,26 +196,53 @@ def _by_transforms(f: Function, leaves: Leaves, gradient: bool) -> Linearised:
         def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
             if not many:
                 return one(list(us))
-            try:
+            if transforming():
                 return torch.func.vmap(one)(list(us))
+            try:
+                products = torch.func.vmap(one)(list(us))
             except RuntimeError:  # an operation (eigh, svd, ...) whose derivative torch cannot batch
-                if transforming():
-                    raise
                 return _looped(one, us)
+            return products if _proven(user, one, us, products) else _looped(one, us)
 
         return apply
 
     pull = linear(pullback)
     transpose = lambda us: linear(torch.func.vjp(pull, us)[1])
-    return Linearised(outputs, restore(tensors), pull, transpose, faulty=bool(repair.names))
+    return Linearised(outputs, restore(tensors), pull, transpose, forward=repair.forward)
 
 
-def _batched(f: Function, leaves: Leaves, gradient: bool) -> Linearised | None:
+def _batched(f: Function, leaves: Leaves, gradient: bool, user: Any) -> Linearised | None:
     """The same; None where f has what torch.func does not take: an old-style autograd.Function, a while_loop."""
     try:
-        return _by_transforms(f, leaves, gradient)
+        return _by_transforms(f, leaves, gradient, Level.ALL if gradient else Level.TRANSFORMS, user)
     except (RuntimeError, AssertionError):  # another fault of f is raised again by its next run
         return None
+
+
+_batches: WeakSet[Any] = WeakSet()  # functions whose batched products were seen to be right
+
+
+def _proven(user: Any, one: Callable[[Leaves], Leaves], us: Leaves, products: Leaves) -> bool:
+    """Whether a batch of products is right: once a function, by the product with a sum of its directions.
+
+    torch's batching of some derivatives is silently wrong (cdist, as_strided_scatter).
+    """
+    with suppress(TypeError):  # not hashable: seen anew at every call
+        if user in _batches:
+            return True
+    if any(map(_requires_grad, products)):
+        return True
+    with torch.no_grad():
+        k = us[0].shape[0]
+        weigh = lambda leaf: torch.einsum("k...,k->...", leaf, torch.linspace(1, 2, k).to(leaf))
+        for product, rows in zip(one([weigh(u) for u in us]), products, strict=True):
+            largest = k * torch.linalg.vector_norm(rows, float("inf")) if rows.numel() else 0.0
+            off = (weigh(rows) - product).abs() > torch.finfo(rows.dtype).eps ** 0.5 * largest
+            if bool((off | (weigh(rows).isnan() != product.isnan())).any()):
+                return False
+    with suppress(TypeError):
+        _batches.add(user)
+    return True
 
 
 def _looped(one: Callable[[Leaves], Leaves], us: Leaves) -> Leaves:
@@ -214,16 +256,14 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
     Stacked directions go through torch.func, which batches them better, or else one by one: batched
     in the graph itself (is_grads_batched) they are up to half as fast, and wrong through group_norm.
     """
-    xs, outputs, aux, attached = _recorded(f, leaves, user, gradient)
+    replayed = _replayed(leaves)
+    graph = _recorded(f, leaves, user, gradient)
+    batched = cache(lambda: replayed(lambda: _batched(f, leaves, gradient, user)))
 
-    batched = cache(lambda: _batched(f, leaves, gradient))
-
-    def linear(
-        ys: Leaves, xs: Leaves, stacked: Callable[[Linearised, Leaves], Leaves]
-    ) -> Callable[..., Leaves]:
+    def linear(graph: Graph, stacked: Callable[[Linearised, Leaves], Leaves]) -> Callable[..., Leaves]:
         def one(us: Leaves, last: bool = False) -> Leaves:
-            again = torch.is_grad_enabled() and (attached or any(map(_requires_grad, us)))
-            return _backward(ys, xs, us, retain_graph=again or not last, create_graph=again)
+            again = torch.is_grad_enabled() and (graph.attached or any(map(_requires_grad, us)))
+            return graph.backward(us, retain_graph=again or not last, create_graph=again)
 
         def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
             if not many:
@@ -235,12 +275,53 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
 
     def transpose(us: Leaves) -> Callable[..., Leaves]:
         us = [u.requires_grad_() for u in us]
-        pulled = _backward(outputs, xs, us, create_graph=True)
-        return linear(pulled, us, lambda line, vs: line.push(vs, many=True))
+        pulled = graph.backward(us, create_graph=True)
+        of_pullback = replace(graph, xs=us, outputs=pulled)
+        return linear(of_pullback, lambda line, vs: line.push(vs, many=True))
 
-    shown = outputs if attached or gradient else [y.detach() for y in outputs]
-    pull = linear(outputs, xs, lambda line, us: line.pull(us, many=True))
-    return Linearised(shown, aux, pull, transpose)
+    shown = graph.outputs if graph.attached or gradient else [y.detach() for y in graph.outputs]
+    pull = linear(graph, lambda line, us: line.pull(us, many=True))
+    return Linearised(shown, graph.aux, pull, transpose)
+
+
+def _replayed(leaves: Leaves) -> Callable[[Callable[[], Any]], Any]:
+    """Runs a function later with the random numbers of now; refuses where x has changed in place since."""
+    versions = [x._version for x in leaves]
+    state = torch.get_rng_state()
+    devices = {x.device for x in leaves if x.device.type == "cuda"}
+    states = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def run(function: Callable[[], Any]) -> Any:
+        if versions != [x._version for x in leaves]:
+            raise InputError("x has been changed in place since the operator was made; make a new operator")
+        with torch.random.fork_rng([device.index for device in devices]):
+            torch.set_rng_state(state)
+            for device, numbers in states.items():
+                torch.cuda.set_rng_state(numbers, device)
+            return function()
+
+    return run
+
+
+@dataclass
+class Graph:
+    """A recorded autograd graph of outputs at xs.
+
+    `attached` says whether it reaches other tensors, `careful` whether torch's backward is right only
+    while it records (the determinant of a singular matrix).
+    """
+
+    xs: Leaves
+    outputs: Leaves
+    aux: Any
+    attached: bool
+    careful: bool
+
+    def backward(self, us: Leaves | None, *, create_graph: bool, retain_graph: bool = False) -> list[Any]:
+        """Jᵀ u."""
+        if self.careful and not create_graph:
+            return [g.detach() for g in _backward(self.outputs, self.xs, us, create_graph=True)]
+        return _backward(self.outputs, self.xs, us, create_graph=create_graph, retain_graph=retain_graph)
 
 
 def _backward(
@@ -273,32 +354,47 @@ def _backward(
 _learned: WeakKeyDictionary[Any, Level] = WeakKeyDictionary()
 
 
-def _recorded(f: Function, leaves: Leaves, user: Any, gradient: bool) -> tuple[Leaves, Leaves, Any, bool]:
+class NoForwardMode(Exception):
+    """Forward mode does not give what reverse mode gives."""
+
+
+def _recorded(f: Function, leaves: Leaves, user: Any, gradient: bool, forward: bool = False) -> Graph:
     """Record the graph of `f`, or of its gradient, from fresh leaves; say whether it reaches other tensors.
 
     Such a result can be differentiated again, which some faulty operations do not survive; then, and
-    where an operation has no second derivative, `f` runs again in repaired form.
+    where an operation has no second derivative, `f` runs again in repaired form. With `forward`, `f`
+    carries tangents, and runs in the mode that sees whether they can be trusted.
     """
     if not torch.is_grad_enabled():
         with torch.enable_grad():
-            xs, outputs, aux, _ = _recorded(f, leaves, user, gradient)
-        return xs, outputs, _detached(aux), False
+            graph = _recorded(f, leaves, user, gradient, forward)
+        return replace(graph, aux=_detached(graph.aux), attached=False)
     if any(map(_requires_grad, leaves)):  # x itself may stand in what f closes over
         xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
     else:
         xs = [x.detach().requires_grad_() for x in leaves]
     level = _learned_level(user)
-    met, (outputs, aux) = _run(f, xs, level)
+    repair, (outputs, aux) = _run(f, xs, level)
     attached, kinds = _survey(outputs, xs)
-    needed = _needed(kinds, attached)
+    needed = Level.ALL if repair and repair.names and repair.differentiates else _needed(kinds, attached)
     if needed > level:
         _remember(user, needed)
-        _, (outputs, aux) = _run(f, xs, needed)
-    elif level is Level.TRANSFORMS and not (met or needed):
+        repair, (outputs, aux) = _run(f, xs, needed)
+        attached, kinds = _survey(outputs, xs)
+    elif level is Level.TRANSFORMS and repair and repair.plain and not needed:
         _remember(user, Level.NONE)
+    if repair and repair.level is Level.ALL and _needed(kinds, attached) is Level.ALL:
+        raise StrategyError(
+            "f calls an operation whose higher derivatives torch gets wrong "
+            f"({', '.join(sorted({kind.__name__ for kind in kinds} & FAULTY))}) below torch's Python functions; "
+            "call it as torch.nn.functional has it"
+        )
+    if forward and repair and not repair.forward:
+        raise NoForwardMode
     if gradient:
         outputs = _backward(outputs, xs, None, create_graph=True)
-    return xs, outputs, aux if attached else _detached(aux), attached
+    careful = not FIRST_IN_GRAD_MODE.isdisjoint(kind.__name__ for kind in kinds)
+    return Graph(xs, outputs, aux if attached else _detached(aux), attached, careful)
 
 
 def _detached(aux: Any) -> Any:
@@ -315,17 +411,17 @@ def _needed(kinds: frozenset[type], attached: bool) -> Level:
             f"({', '.join(sorted(names & UNREPAIRABLE))}), whose derivatives torch {torch.__version__} "
             "gets silently wrong; write it as a Python loop or branch"
         )
-    if attached and not names.isdisjoint(FAULTY_BEYOND_SECOND):
+    if not names.isdisjoint(FAULTY if attached else FAULTY_AT_SECOND):
         return Level.ALL
     return Level.NONE if names.isdisjoint(WITHOUT_SECOND) else Level.TRANSFORMS
 
 
-def _run(f: Function, xs: Leaves, level: Level) -> tuple[bool, tuple[Leaves, Any]]:
+def _run(f: Function, xs: Leaves, level: Level) -> tuple[Repair | None, tuple[Leaves, Any]]:
     if level is Level.NONE:
-        return False, f(xs)
-    with sdpa_kernel(SDPBackend.MATH), Repair(level) as repair:
+        return None, f(xs)
+    with sdpa_kernel(SDPBackend.MATH), set_stance("force_eager"), Repair(level) as repair:
         result = f(xs)
-    return bool(repair.names), result
+    return repair, result
 
 
 def _learned_level(user: Any) -> Level:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from gradlab._errors import InputError, TooLargeError
@@ -95,6 +96,8 @@ class LinearOperator:
         m, n = self.shape
         op = self if n <= m else self.T
         chunk = self._chunk_size or min(op.shape[1], DIRECTIONS)
+        if 0 in self.shape:
+            return self._domain.zeros(self.shape)
         rows = [
             op._codomain.ravel(op._apply_many(op._domain.basis(i, min(i + chunk, op.shape[1])), None))
             for i in range(0, op.shape[1], chunk)
@@ -157,5 +160,5 @@ def check_chunk_size(op: str, chunk_size: int | None) -> None:
     """A chunk size is None or a positive integer."""
     if chunk_size is None:
         return
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+    if not isinstance(chunk_size, Integral) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise InputError(f"{op}: chunk_size is {chunk_size!r}; pass a positive integer or None")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional
@@ -31,22 +31,38 @@ class Level(IntEnum):
 
 
 class Repair(TorchFunctionMode):
-    """While active, calls of faulty operations run their right form; `names` says which were called.
+    """While active, calls of faulty operations run their right form; says what else of f matters.
 
-    A forward-mode level that is open when it is made is the caller's own, of first order, and needs none.
+    Attributes:
+        names: faulty operations that were called.
+        differentiates: whether f called torch.autograd.grad itself, so that its order is one higher.
+        forward: whether forward mode gives what reverse mode gives: f opens no forward mode of its own
+            (a second one through an autograd.Function is a silent zero), no torch.no_grad and no hook,
+            which reverse mode alone regards.
     """
 
     def __init__(self, level: Level):
         super().__init__()
         self.level = level
         self.names: set[str] = set()
-        self.own = forward_ad._current_level
+        self.differentiates, self.forward = False, True
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing was seen that a later call must run in this mode for."""
+        return self.forward and not self.names
+
+    def __enter__(self) -> Any:
+        self.own, self.forwards = _depth(), _forward_levels()  # of the transforms around f
+        return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         right = RIGHT_FORMS.get(func)
+        self.differentiates = self.differentiates or func in DIFFERENTIATING
+        self.forward = self.forward and func not in REVERSE_ALONE and _forward_levels() <= self.forwards
         if right is not None:
             self.names.add(func.__name__)
-            if self.level == Level.ALL or transforming(self.own):
+            if self.level == Level.ALL or is_compiling() or _depth() > self.own:
                 return right(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -62,9 +78,20 @@ def repaired(f: Callable[..., Any], repair: Repair | None = None) -> Callable[..
     return right
 
 
-def transforming(own: int = -1) -> bool:
-    """Whether the compiler, a torch.func transform or forward mode (beyond level `own`) is at work here."""
-    return is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level > own
+def transforming() -> bool:
+    """Whether the compiler, a torch.func transform or forward mode is at work around this line."""
+    return is_compiling() or _depth() > 0
+
+
+def _depth() -> int:
+    """How many transforms and forward modes are at work around this line."""
+    return len(get_interpreter_stack() or ()) + forward_ad._current_level + 1
+
+
+def _forward_levels() -> int:
+    """How many of them are forward modes; torch.func's first one opens a level of its own."""
+    stack = get_interpreter_stack() or ()
+    return max(sum(level.key() == TransformType.Jvp for level in stack), forward_ad._current_level + 1)
 
 
 def layer_norm(
@@ -119,8 +146,10 @@ def instance_norm(
 
 
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+    """(x - mean) / sqrt(variance + eps); in float32 for 16-bit numbers, whose squares overflow."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    centred = wide - wide.mean(dims, keepdim=True)
+    return (centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)).to(x.dtype)
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -129,18 +158,26 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.view(channels)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """v g / |v|, the norm over all axes but `dim`; torch's fused form is wrong already at second order."""
+    axes = tuple(i for i in range(v.ndim) if i != dim % v.ndim) if dim != -1 else tuple(range(v.ndim))
+    return v * (g / (v * v).sum(axes, keepdim=True).sqrt())
+
+
 def slogdet(A: Tensor) -> Any:
     """log |det A| = Σ log |Uᵢᵢ| from A = P L U."""
-    LU, pivots = torch.linalg.lu_factor(A)
+    LU, pivots, _ = torch.linalg.lu_factor_ex(A)
     diagonal = LU.diagonal(dim1=-2, dim2=-1)
     sign = _parity(pivots, A.dtype) * diagonal.sign().prod(-1)
     return _named.linalg_slogdet((sign.detach(), diagonal.abs().log().sum(-1)))
 
 
 def det(A: Tensor) -> Tensor:
-    """det A = ± Π Uᵢᵢ from A = P L U; not a number, rather than wrong, beyond first order at a singular A."""
-    LU, pivots = torch.linalg.lu_factor(A)
-    return _parity(pivots, A.dtype) * LU.diagonal(dim1=-2, dim2=-1).prod(-1)
+    """det A = ± Π Uᵢᵢ from A = P L U, whose derivatives at a singular A are made not-a-number, not wrong."""
+    LU, pivots, _ = torch.linalg.lu_factor_ex(A)
+    diagonal = LU.diagonal(dim1=-2, dim2=-1)
+    unknown = 0 * diagonal.abs().sqrt().sum(-1)  # zero; its slope is 0 · ∞ where a pivot vanishes
+    return _parity(pivots, A.dtype) * diagonal.prod(-1) + unknown
 
 
 def logdet(A: Tensor) -> Tensor:
@@ -198,9 +235,27 @@ def huber_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Forward mode of torch's own raises."""
-    size = (input - target).abs()
-    losses = torch.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
+    residual = input - target
+    size = residual.abs()
+    losses = torch.where(size <= delta, residual**2 / 2, delta * (size - delta / 2))
     return _reduced(losses if weight is None else losses * weight, reduction, weight)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    options: Any = None,
+    **rest: Any,
+) -> Tensor:
+    """In chunks, torch's own has a derivative that is zero in forward mode and at second order."""
+    logits = functional.linear(input, linear_weight, linear_bias)
+    return functional.cross_entropy(
+        logits, target, ignore_index=-100 if ignore_index is None else ignore_index, **rest
+    )
 
 
 def _reduced(losses: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
@@ -216,9 +271,10 @@ RIGHT_FORMS: dict[Any, Callable[..., Any]] = {
     functional.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,
     functional.batch_norm: batch_norm,
-    torch.batch_norm: batch_norm,
+    torch.batch_norm: lambda x, w, b, mean, var, *rest: batch_norm(x, mean, var, w, b, *rest),
     functional.instance_norm: instance_norm,
-    torch.instance_norm: instance_norm,
+    torch.instance_norm: lambda x, w, b, mean, var, *rest: instance_norm(x, mean, var, w, b, *rest),
+    torch._weight_norm: weight_norm,
     torch.det: det,
     torch.linalg.det: det,
     Tensor.det: det,
@@ -231,9 +287,11 @@ RIGHT_FORMS: dict[Any, Callable[..., Any]] = {
     torch.linalg.solve_ex: solve_ex,
     torch.linalg.tensorsolve: tensorsolve,
 }
+if hasattr(functional, "linear_cross_entropy"):
+    RIGHT_FORMS[functional.linear_cross_entropy] = linear_cross_entropy
 
-# The same operations as they appear in a recorded autograd graph.
-FAULTY_BEYOND_SECOND = frozenset(
+# The same operations as they appear in a recorded autograd graph: wrong beyond second order ...
+_BEYOND_SECOND = frozenset(
     {
         "NativeLayerNormBackward0",
         "NativeBatchNormBackward0",
@@ -244,6 +302,19 @@ FAULTY_BEYOND_SECOND = frozenset(
         "LinalgSolveExBackward0",
     }
 )
+# ... and wrong whatever is asked: weight_norm at second order, and the norms where f holds a derivative.
+FAULTY_AT_SECOND = frozenset(
+    {
+        "WeightNormInterfaceBackward0",
+        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward",
+        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_defaultBackward",
+        "NativeLayerNormBackwardBackward0",
+        "NativeBatchNormBackwardBackward0",
+        "CudnnBatchNormBackwardBackward0",
+        "MiopenBatchNormBackwardBackward0",
+    }
+)
+FAULTY = _BEYOND_SECOND | FAULTY_AT_SECOND
 WITHOUT_SECOND = frozenset(
     {
         "ScaledDotProductFlashAttentionForCpuBackward0",
@@ -251,6 +322,30 @@ WITHOUT_SECOND = frozenset(
         "ScaledDotProductEfficientAttentionBackward0",
         "ScaledDotProductCudnnAttentionBackward0",
         "ScaledDotProductFusedAttentionOverrideableBackward0",
+        "CompiledFunctionBackward",  # raises, or is silently zero
+    }
+)
+FIRST_IN_GRAD_MODE = frozenset({"LinalgDetBackward0"})  # zero at a singular matrix under torch.no_grad
+DIFFERENTIATING = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+# What forward mode sees otherwise than reverse mode does: it runs through no_grad, and past hooks; it gives 0
+# (scatter_reduce, index_reduce), or a wrong derivative of its own derivative.
+REVERSE_ALONE = frozenset(
+    {
+        torch._C._set_grad_enabled,
+        Tensor.register_hook,
+        torch.scatter_reduce,
+        Tensor.scatter_reduce,
+        Tensor.scatter_reduce_,
+        torch.index_reduce,
+        Tensor.index_reduce,
+        Tensor.index_reduce_,
+        torch.linalg.householder_product,
+        torch.linalg.eig,
+        torch.linalg.eigh,
+        torch.triangular_solve,
+        Tensor.triangular_solve,
+        torch.logcumsumexp,
+        Tensor.logcumsumexp,
     }
 )
 # Control flow as operators: their backward loses terms, already at first order for a while_loop.

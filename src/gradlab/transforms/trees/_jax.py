@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradlab._dispatch import refuse_foreign
 from gradlab._errors import InputError, KindError
 from gradlab._typing import Function, Leaves
 
@@ -31,6 +32,8 @@ class Tree:
                 f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts"
             )
         if not self.leaves:
+            for leaf in leaves:
+                refuse_foreign(op, name, leaf)
             kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
             raise KindError(f"{op}: {name} holds no float array to differentiate (only {kinds}); convert it")
 
@@ -82,6 +85,9 @@ class Tree:
             )
         if not batch and list(map(_form, leaves)) == self.forms:
             return leaves
+        for leaf in leaves:
+            if not isinstance(leaf, jax.Array):
+                refuse_foreign(self.op, name, leaf)
         leaves = [as_array(leaf, x.dtype) for leaf, x in zip(leaves, self.leaves, strict=True)]
         lead = leaves[0].shape[:1] if batch else ()
         for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):
@@ -114,7 +120,8 @@ class Tree:
     def ravel(self, leaves: Leaves) -> Any:
         """One flat vector (behind any leading axis) from leaves."""
         lead = leaves[0].shape[: leaves[0].ndim - len(self.shapes[0])]
-        return jnp.concatenate([leaf.reshape(*lead, -1) for leaf in leaves], axis=-1)
+        flat = (leaf.reshape(*lead, n) for leaf, n in zip(leaves, self.sizes, strict=True))
+        return jnp.concatenate(list(flat), axis=-1)
 
     def split(self, flat: Any) -> Leaves:
         """Leaves from one flat vector (behind any leading axis)."""
@@ -135,6 +142,9 @@ class Tree:
     def stack(self, rows: Sequence[Any]) -> Any:
         """Batches of rows as one array."""
         return rows[0] if len(rows) == 1 else jnp.concatenate(list(rows))
+
+    def zeros(self, shape: tuple[int, ...]) -> Any:
+        return jnp.zeros(shape, self.dtype)
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -170,7 +180,7 @@ def nested_columns(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
         [
             columns.like(
                 [
-                    part.reshape(size, -1).T.reshape(row + column)
+                    part.reshape(size, math.prod(row)).T.reshape(row + column)
                     for part, size, column in zip(block, columns.sizes, columns.shapes, strict=True)
                 ]
             )
@@ -247,7 +257,8 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _is_complex(leaf: Any) -> bool:
-    return isinstance(leaf, complex) or _is_kind(getattr(leaf, "dtype", bool), jnp.complexfloating)
+    array = isinstance(leaf, (jax.Array, np.ndarray))
+    return isinstance(leaf, complex) or (array and _is_kind(leaf.dtype, jnp.complexfloating))
 
 
 @cache

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
+from gradlab._dispatch import refuse_foreign
 from gradlab._errors import InputError, KindError, StrategyError
 from gradlab._typing import Function, Leaves
 
@@ -26,6 +28,7 @@ class Tree:
             leaves
             and _PLAIN.issuperset(map(type, leaves))
             and all(map(torch.Tensor.is_floating_point, leaves))
+            and not any(map(_is_sparse, leaves))
         ):
             self.all = self.leaves = leaves
             self.places: Sequence[int] = range(len(leaves))
@@ -42,11 +45,17 @@ class Tree:
         self.all = [as_tensor(leaf) for leaf in leaves]
         self.places = [i for i, leaf in enumerate(self.all) if _is_float(leaf)]
         self.leaves = [self.all[i] for i in self.places]
+        if any(isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided for leaf in self.all):
+            raise KindError(
+                f"{op}: {name} holds a sparse tensor; differentiate by its values, or by .to_dense()"
+            )
         if any(_is_complex(leaf) for leaf in self.all):
             raise KindError(
                 f"{op}: {name} holds complex numbers; differentiate by the real and imaginary parts"
             )
         if not self.leaves:
+            for leaf in leaves:
+                refuse_foreign(op, name, leaf)
             kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
             raise KindError(f"{op}: {name} holds no float tensor to differentiate (only {kinds}); convert it")
 
@@ -100,7 +109,7 @@ class Tree:
         if not batch and list(map(_form, leaves)) == self.forms:
             return leaves
         leaves = [
-            leaf if isinstance(leaf, torch.Tensor) else torch.as_tensor(leaf, dtype=x.dtype, device=x.device)
+            leaf if isinstance(leaf, torch.Tensor) else self._converted(leaf, x, name)
             for leaf, x in zip(leaves, self.leaves, strict=True)
         ]
         lead = leaves[0].shape[:1] if batch else ()
@@ -121,11 +130,14 @@ class Tree:
                 )
         return leaves
 
+    def _converted(self, leaf: Any, x: Any, name: str) -> Any:
+        refuse_foreign(self.op, name, leaf)
+        return torch.as_tensor(leaf, dtype=x.dtype, device=x.device)
+
     def _matched(self, v: Any, name: str) -> list[Any]:
         """The leaves of `v` in the order of this tree, where the quick comparison of structures failed."""
         x = unflatten(self.spec, self.all)
-        if type(v) is dict and type(x) is dict and set(v) == set(x):
-            v = {key: v[key] for key in x}
+        v = _reordered(v, x)
         (leaves, given), needed = pytree.tree_flatten(v), pytree.tree_structure(x)
         if given != needed:
             raise InputError(
@@ -151,7 +163,7 @@ class Tree:
     def ravel(self, leaves: Leaves) -> Any:
         """One flat vector (behind any leading axis) from leaves."""
         lead = leaves[0].shape[: leaves[0].ndim - self.leaves[0].ndim]
-        return torch.cat([leaf.reshape(*lead, -1) for leaf in leaves], dim=-1)
+        return torch.cat([leaf.reshape(*lead, n) for leaf, n in zip(leaves, self.sizes, strict=True)], dim=-1)
 
     def split(self, flat: Any) -> Leaves:
         """Leaves from one flat vector (behind any leading axis)."""
@@ -169,6 +181,9 @@ class Tree:
     def stack(self, rows: Sequence[Any]) -> Any:
         """Batches of rows as one array."""
         return rows[0] if len(rows) == 1 else torch.cat(list(rows))
+
+    def zeros(self, shape: tuple[int, ...]) -> Any:
+        return torch.zeros(shape, dtype=self.dtype, device=self.leaves[0].device)
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -207,7 +222,7 @@ def nested_columns(rows: Tree, columns: Tree, stacked: Leaves) -> Any:
         [
             columns.like(
                 [
-                    part.reshape(size, -1).T.reshape(row + column)
+                    part.reshape(size, math.prod(row)).T.reshape(row + column)
                     for part, size, column in zip(block, columns.sizes, columns.shapes, strict=True)
                 ]
             )
@@ -309,14 +324,26 @@ def _form(leaf: Any) -> tuple[Any, ...] | None:
     return (leaf.shape, leaf.dtype) if type(leaf) is torch.Tensor else None
 
 
+def _reordered(v: Any, x: Any) -> Any:
+    """v with its dictionaries of the kind and in the order of those of x."""
+    if isinstance(v, dict) and isinstance(x, dict) and set(v) == set(x):
+        return type(x)((key, _reordered(v[key], x[key])) for key in x)
+    if type(v) is type(x) and type(v) in (list, tuple) and len(v) == len(x):
+        return type(v)(_reordered(a, b) for a, b in zip(v, x, strict=True))
+    return v
+
+
 def as_tensor(leaf: Any) -> Any:
-    """numpy arrays as tensors that share their memory; everything else as it stands."""
-    return torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+    """A copy of a numpy array as a tensor, which a later change of the array does not reach; else as it stands."""
+    return torch.tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def as_tensors(args: Any) -> list[Any]:
     """Data with tensors for its numpy arrays, at any depth."""
     return [as_tensor(arg) if type(arg) in _LEAF_TYPES else pytree.tree_map(as_tensor, arg) for arg in args]
+
+
+_is_sparse = attrgetter("is_sparse")
 
 
 def _is_float(leaf: Any) -> bool:
