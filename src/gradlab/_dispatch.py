@@ -54,12 +54,12 @@ def framework_of(name: str, args: tuple[Any, ...]) -> str:
     )
 
 
-def refuse_foreign(op: str, name: str, leaf: Any) -> None:
+def refuse_foreign(op: str, name: str, leaf: Any, own: str) -> None:
     """Refuse an array of a framework in the namespace of the other."""
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     found: set[str] = set()
     _collect(leaf, torch, jax, found)
-    for framework in found:
+    for framework in found - {own}:
         raise BackendError(
             f"{op}: {name} is an array of {framework}; call gradlab.{framework}.{op}, or convert it"
         )

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from operator import attrgetter
@@ -186,8 +186,7 @@ def _by_transforms(f: Function, leaves: Leaves, gradient: bool, level: Level, us
     function = torch.func.grad(first, has_aux=True) if gradient else of_tensors
     linearised: Any = torch.func.vjp(function, list(leaves), has_aux=True)
     outputs, pullback, tensors = linearised
-    again = any(map(_requires_grad, outputs)) or any(map(_requires_grad, leaves))
-    if level < Level.ALL and repair.names and (again or repair.differentiates):
+    if level < Level.ALL and repair.names and (repair.differentiates or any(map(_requires_grad, outputs))):
         return _by_transforms(f, leaves, gradient, Level.ALL, user)
 
     def linear(pullback: Callable[..., Any]) -> Callable[..., Leaves]:
@@ -383,7 +382,7 @@ def _recorded(f: Function, leaves: Leaves, user: Any, gradient: bool, forward: b
         attached, kinds = _survey(outputs, xs)
     elif level is Level.TRANSFORMS and repair and repair.plain and not needed:
         _remember(user, Level.NONE)
-    if repair and repair.level is Level.ALL and _needed(kinds, attached) is Level.ALL:
+    if repair and repair.level >= Level.ALL and _needed(kinds, attached) >= Level.ALL:
         raise StrategyError(
             "f calls an operation whose higher derivatives torch gets wrong "
             f"({', '.join(sorted({kind.__name__ for kind in kinds} & FAULTY))}) below torch's Python functions; "
@@ -411,6 +410,8 @@ def _needed(kinds: frozenset[type], attached: bool) -> Level:
             f"({', '.join(sorted(names & UNREPAIRABLE))}), whose derivatives torch {torch.__version__} "
             "gets silently wrong; write it as a Python loop or branch"
         )
+    if "CompiledFunctionBackward" in names:
+        return Level.EAGER
     if not names.isdisjoint(FAULTY if attached else FAULTY_AT_SECOND):
         return Level.ALL
     return Level.NONE if names.isdisjoint(WITHOUT_SECOND) else Level.TRANSFORMS
@@ -419,7 +420,8 @@ def _needed(kinds: frozenset[type], attached: bool) -> Level:
 def _run(f: Function, xs: Leaves, level: Level) -> tuple[Repair | None, tuple[Leaves, Any]]:
     if level is Level.NONE:
         return None, f(xs)
-    with sdpa_kernel(SDPBackend.MATH), set_stance("force_eager"), Repair(level) as repair:
+    stance = set_stance("force_eager") if level is Level.EAGER else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), stance, Repair(level) as repair:
         result = f(xs)
     return repair, result
 

@@ -28,6 +28,7 @@ class Level(IntEnum):
     NONE = 0  # reverse over reverse of these operations is right, or none occurs
     TRANSFORMS = 1  # repair where a torch.func transform or forward mode inside f meets a faulty operation
     ALL = 2  # repair every occurrence: the result will be differentiated again, or forward mode is used
+    EAGER = 3  # and run what f has compiled uncompiled: its second derivative raises, or is silently zero
 
 
 class Repair(TorchFunctionMode):
@@ -53,16 +54,19 @@ class Repair(TorchFunctionMode):
         return self.forward and not self.names
 
     def __enter__(self) -> Any:
-        self.own, self.forwards = _depth(), _forward_levels()  # of the transforms around f
+        if not is_compiling():
+            self.own, self.forwards = _depth(), _forward_levels()  # of the transforms around f
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         right = RIGHT_FORMS.get(func)
+        if is_compiling():  # which traces no more than this
+            return (right or func)(*args, **(kwargs or {}))
         self.differentiates = self.differentiates or func in DIFFERENTIATING
         self.forward = self.forward and func not in REVERSE_ALONE and _forward_levels() <= self.forwards
         if right is not None:
             self.names.add(func.__name__)
-            if self.level == Level.ALL or is_compiling() or _depth() > self.own:
+            if self.level >= Level.ALL or _depth() > self.own:
                 return right(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -118,8 +122,8 @@ def batch_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    if not training:  # fixed statistics: torch's own derivatives are right
-        return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if not training:
+        return _affine(_by_statistics(input, running_mean, running_var, eps), weight, bias)
     dims = (0, *range(2, input.ndim))
     if running_mean is not None or running_var is not None:  # updated in place, as torch's own does
         functional.batch_norm(input.detach(), running_mean, running_var, training=True, momentum=momentum)
@@ -138,7 +142,7 @@ def instance_norm(
     cudnn_enabled: bool = True,
 ) -> Tensor:
     if not use_input_stats:
-        return functional.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return _affine(_by_statistics(input, running_mean, running_var, eps), weight, bias)
     dims = tuple(range(2, input.ndim))
     if running_mean is not None or running_var is not None:
         functional.instance_norm(input.detach(), running_mean, running_var, momentum=momentum)
@@ -150,6 +154,14 @@ def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     centred = wide - wide.mean(dims, keepdim=True)
     return (centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)).to(x.dtype)
+
+
+def _by_statistics(x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float) -> Tensor:
+    """The same with fixed statistics of each channel, which batch norm outside training must be given."""
+    if mean is None or variance is None:
+        raise ValueError("Expected running_mean and running_var to be defined when training=False")
+    channels = (-1,) + (1,) * (x.ndim - 2)
+    return (x - mean.view(channels)) * torch.rsqrt(variance.view(channels) + eps)
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -322,7 +334,6 @@ WITHOUT_SECOND = frozenset(
         "ScaledDotProductEfficientAttentionBackward0",
         "ScaledDotProductCudnnAttentionBackward0",
         "ScaledDotProductFusedAttentionOverrideableBackward0",
-        "CompiledFunctionBackward",  # raises, or is silently zero
     }
 )
 FIRST_IN_GRAD_MODE = frozenset({"LinalgDetBackward0"})  # zero at a singular matrix under torch.no_grad

@@ -33,7 +33,7 @@ class Tree:
             )
         if not self.leaves:
             for leaf in leaves:
-                refuse_foreign(op, name, leaf)
+                refuse_foreign(op, name, leaf, "jax")
             kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
             raise KindError(f"{op}: {name} holds no float array to differentiate (only {kinds}); convert it")
 
@@ -87,7 +87,7 @@ class Tree:
             return leaves
         for leaf in leaves:
             if not isinstance(leaf, jax.Array):
-                refuse_foreign(self.op, name, leaf)
+                refuse_foreign(self.op, name, leaf, "jax")
         leaves = [as_array(leaf, x.dtype) for leaf, x in zip(leaves, self.leaves, strict=True)]
         lead = leaves[0].shape[:1] if batch else ()
         for leaf, x, i in zip(leaves, self.leaves, self.places, strict=True):

@@ -28,7 +28,7 @@ class Tree:
             leaves
             and _PLAIN.issuperset(map(type, leaves))
             and all(map(torch.Tensor.is_floating_point, leaves))
-            and not any(map(_is_sparse, leaves))
+            and (is_compiling() or not any(map(_is_sparse, leaves)))
         ):
             self.all = self.leaves = leaves
             self.places: Sequence[int] = range(len(leaves))
@@ -55,7 +55,7 @@ class Tree:
             )
         if not self.leaves:
             for leaf in leaves:
-                refuse_foreign(op, name, leaf)
+                refuse_foreign(op, name, leaf, "torch")
             kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
             raise KindError(f"{op}: {name} holds no float tensor to differentiate (only {kinds}); convert it")
 
@@ -131,7 +131,7 @@ class Tree:
         return leaves
 
     def _converted(self, leaf: Any, x: Any, name: str) -> Any:
-        refuse_foreign(self.op, name, leaf)
+        refuse_foreign(self.op, name, leaf, "torch")
         return torch.as_tensor(leaf, dtype=x.dtype, device=x.device)
 
     def _matched(self, v: Any, name: str) -> list[Any]:
