@@ -25,7 +25,7 @@ def subjects(f: Callable[..., Any], x: Any, args: Any, has_aux: bool) -> tuple[S
     """f in its own dtype, and a float64 run of the same function as its shadow, where it has one."""
     f, x = real_form(f, x, has_aux)
     subject = Subject(f, x, args, has_aux)
-    if subject.tree.dtype == torch.float64:
+    if subject.eps == np.finfo(np.float64).eps:
         return subject, None
     x, args = pytree.tree_map(_widened, (x, args))
     return subject, _shadow(f, x, args, has_aux, nullcontext) or _shadow(f, x, args, has_aux, Widened)
@@ -102,7 +102,7 @@ class Subject:
         self.output = output([y.detach() for y in outputs])
         self.n, self.sizes, self.scalar = self.tree.size, self.tree.sizes, self.output.shapes == [()]
         self.parts = len(self.sizes) + len(self.output.sizes)
-        self.eps = torch.finfo(self.tree.dtype).eps
+        self.eps = max(torch.finfo(leaf.dtype).eps for leaf in [*self.tree.leaves, *self.output.leaves])
         self.x = self._numpy(self.tree.ravel(self.tree.leaves))
         self.dtype = str(self.tree.dtype).removeprefix("torch.")
         self.compilations: dict[str, Callable[..., Any]] = {}
