@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import CellType, FunctionType, ModuleType
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 import gradlab.jax as gl
 from gradlab.check.claims import entry_name
+from gradlab.transforms.linearised._jax import equations
 from gradlab.transforms.trees._jax import Tree, tree_function
 
 OP = "check.derivatives"
@@ -88,7 +89,7 @@ class Subject:
         self.mode = (lambda: jax.enable_x64(True)) if wide else nullcontext
         self.n, self.sizes, self.scalar = self.tree.size, self.tree.sizes, self.output.shapes == [()]
         self.parts = len(self.sizes) + len(self.output.sizes)
-        self.eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in [*self.tree.leaves, *self.output.leaves])
+        self.eps = max(float(jnp.finfo(dtype).eps) for dtype in _precisions(self.function, self.tree.leaves))
         self.x = self._numpy(self.tree.ravel(self.tree.leaves))
         self.dtype = str(self.tree.dtype)
         self.compilations: dict[Any, Callable[..., Any]] = {}
@@ -225,6 +226,18 @@ class Subject:
 
     def _numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array, np.float64)
+
+
+def _precisions(f: Callable[..., Any], leaves: Sequence[Any]) -> list[Any]:
+    """The dtypes of x and of f's operations, of which the coarsest is what f can be held to."""
+    found = [leaf.dtype for leaf in leaves]
+    try:
+        jaxpr = jax.make_jaxpr(lambda leaves: f(leaves)[0])(list(leaves)).jaxpr
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        return found  # f looks at its values
+    results = (variable.aval for equation in equations(jaxpr) for variable in equation.outvars)
+    found += [aval.dtype for aval in results if hasattr(aval, "dtype")]
+    return [dtype for dtype in found if jnp.issubdtype(dtype, jnp.inexact)]
 
 
 def _derived(mode: str, f: Callable[[Any], Any], v: Any, vector: bool) -> Callable[[Any], Any]:

@@ -38,7 +38,21 @@ def _shadow(f: Any, x: Any, args: Any, has_aux: bool, within: Callable[[], Any])
         shadow.vjp(shadow.x, np.ones(shadow.output.size))
     except RuntimeError:
         return None
-    return shadow if shadow.output.dtype == torch.float64 else None
+    return shadow if shadow.eps == np.finfo(np.float64).eps else None
+
+
+class Precisions(TorchFunctionMode):
+    """Records the dtypes that f's operations give, since the coarsest is what f can be held to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.dtype] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and (result.is_floating_point() or result.is_complex()):
+            self.found.append(result.dtype)
+        return result
 
 
 class Widened(TorchFunctionMode):
@@ -95,14 +109,16 @@ class Subject:
         tensors = [t for t in pytree.tree_leaves((self.tree.leaves, args)) if isinstance(t, torch.Tensor)]
         before = [tensor.clone() for tensor in tensors]
         self.function, output = tree_function(OP, f, self.tree, args, has_aux)
-        with within():
+        with within(), Precisions() as inside:
             outputs, _ = self.function(self.tree.leaves)
         changed = [i for i, (a, b) in enumerate(zip(tensors, before, strict=True)) if not _same(a, b)]
         self.changed = ["x" if i < len(self.tree.leaves) else "args" for i in changed]
         self.output = output([y.detach() for y in outputs])
         self.n, self.sizes, self.scalar = self.tree.size, self.tree.sizes, self.output.shapes == [()]
         self.parts = len(self.sizes) + len(self.output.sizes)
-        self.eps = max(torch.finfo(leaf.dtype).eps for leaf in [*self.tree.leaves, *self.output.leaves])
+        self.eps = max(
+            torch.finfo(dtype).eps for dtype in [leaf.dtype for leaf in self.tree.leaves] + inside.found
+        )
         self.x = self._numpy(self.tree.ravel(self.tree.leaves))
         self.dtype = str(self.tree.dtype).removeprefix("torch.")
         self.compilations: dict[str, Callable[..., Any]] = {}

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,12 +70,17 @@ def transposed(linear: Callable[[Leaves], Leaves], at: Leaves) -> Callable[[Leav
 
 def has_primitive(name: str, jaxpr: Any) -> bool:
     """Whether an operation of that name stands in a jaxpr, at any depth."""
-    inner = (sub for eqn in jaxpr.eqns for p in eqn.params.values() for sub in jax.tree.leaves(p))
-    return any(eqn.primitive.name == name for eqn in jaxpr.eqns) or any(
-        has_primitive(name, getattr(sub, "jaxpr", sub))
-        for sub in inner
-        if hasattr(sub, "jaxpr") or hasattr(sub, "eqns")
-    )
+    return any(equation.primitive.name == name for equation in equations(jaxpr))
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """The operations of a jaxpr, and of those within them."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)  # a closed jaxpr holds one
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def gradient_of(f: Function) -> Callable[[Leaves], tuple[Leaves, Any]]:
