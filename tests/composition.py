@@ -199,7 +199,7 @@ every cell again and fails where this page no longer says what happens.
 - "compiled" is `jax.jit`, and `torch.compile(fullgraph=True)`.
 - *not traced by torch*: torch.compile knows `@` for tensors alone; `H.matvec(v)` is the same product.
 - In torch the two strategies with forward mode, asked for by name, are refused inside `jvp` and under
-  `torch.compile`, where torch can be silently wrong; `"auto"` is right everywhere.
+  `torch.compile`, where torch can be silently wrong; `"auto"` is right in every cell.
 - jax's own hole, below float64 on a CPU: XLA compiles a batched pullback through some norms wrongly
   (docs/decisions.md). gradlab never batches one by itself, but `jax.jit(jax.vmap(...))` around `jacobian`
   in reverse mode, `J.T`, `ggn_vp` or `hvp(strategy="reverse_over_reverse")` does. Use float64 there,

@@ -48,9 +48,11 @@ def framework_of(name: str, args: tuple[Any, ...]) -> str:
     if len(found) == 1:
         return found.pop()
     given = "arrays of jax and of torch" if found else "no jax or torch array"
+    namespaces = (
+        f", or call gradlab.jax.{name} or gradlab.torch.{name}, which also take numpy arrays and numbers"
+    )
     raise BackendError(
-        f"{name}: the arguments hold {given}; convert them to one framework, "
-        f"or call gradlab.jax.{name} or gradlab.torch.{name}, which also take numpy arrays and numbers"
+        f"{name}: the arguments hold {given}; convert them to one framework{'' if '.' in name else namespaces}"
     )
 
 

@@ -37,11 +37,12 @@ def hvp(
         v: Direction: a tree like x, each leaf of the same shape and dtype. Where x has a constant, v
             may hold anything, None for instance.
         *args: Data, handed to f as they are.
-        has_aux: Whether f returns `(value, aux)`; then the result is `(product, aux)`.
+        has_aux: Whether f returns `(value, aux)`; then the result is `(product, aux)`. aux is a tree.
         strategy: `"auto"` or the composition of modes by name. Auto is `"forward_over_reverse"` in
             jax (the fastest there: 1.5-2.1 gradients) and `"reverse_over_reverse"` in torch (2.7-3.5
             gradients in eager code, 1.2-1.8 compiled, and right where forward mode is not).
-            In torch the other two run with the faulty operations repaired (docs/decisions.md).
+            In torch the other two run with the faulty operations repaired, or are refused
+            (docs/decisions.md).
 
     Returns:
         A tree like x, in the units of f divided by those of x; None where x holds a constant.

@@ -52,8 +52,10 @@ def jacobian(
         has_aux: Whether f returns `(output, aux)`; then the result is `(jacobian, aux)`.
         mode: `"forward"` (a product J e for each of the n inputs), `"reverse"` (a product Jᵀ e for each of
             the m outputs) or `"auto"`: forward where n < m, since the products cost about the same.
-            In torch, forward is the pullback transposed wherever forward mode may be wrong or is
-            missing: compiled, under a transform, and where the result can be differentiated again.
+            Where f lacks that mode (a while_loop in jax, cdist in torch) auto takes the other. In torch,
+            forward is the pullback transposed wherever forward mode may be wrong or is missing:
+            compiled, under a transform, where the result can be differentiated again, and where f
+            uses torch.no_grad, hooks or forward mode of its own.
         chunk_size: Products at once: beside the result, memory is `chunk_size` times that of one
             product. None: 1024 forward, 256 in reverse. In jax on a CPU below float64 the products in
             reverse always run one at a time, because XLA compiles a batch of them wrongly

@@ -1,36 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from operator import attrgetter
+from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.graph import _engine_run_backward
-from torch.compiler import set_stance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
-from gradlab._errors import InputError, StrategyError
 from gradlab._typing import Function, Leaves
-from gradlab.transforms.repairs._torch import (
-    FAULTY,
-    FAULTY_AT_SECOND,
-    FIRST_IN_GRAD_MODE,
-    UNREPAIRABLE,
-    WITHOUT_SECOND,
-    Level,
-    Repair,
-    repaired,
-    transforming,
-)
-
-_requires_grad = attrgetter("requires_grad")
+from gradlab.transforms.graphs._torch import Graph, NoForwardMode, recorded, replayed, requires_grad
+from gradlab.transforms.repairs._torch import Level, Repair, repaired, transforming
 
 
 @dataclass
@@ -74,8 +59,8 @@ def product_of_gradient(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> t
     if transforming():
         line = _by_transforms(f, leaves, True, Level.ALL)
         return line.pull(vs), line.aux
-    graph = _recorded(f, leaves, user, True)
-    again = graph.attached or (torch.is_grad_enabled() and any(map(_requires_grad, vs)))
+    graph = recorded(f, leaves, user, True)
+    again = graph.attached or (torch.is_grad_enabled() and any(map(requires_grad, vs)))
     return graph.backward(vs, create_graph=again), graph.aux
 
 
@@ -93,14 +78,14 @@ def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple
         tangents[:] = [torch.zeros_like(y) if t is None else materialised(t.detach()) for y, t in pairs]
         return [y for y, _ in pairs], aux
 
-    if not (transforming() or any(map(_requires_grad, leaves)) or any(map(_requires_grad, vs))):
+    if not (transforming() or any(map(requires_grad, leaves)) or any(map(requires_grad, vs))):
         try:
             with forward_ad.dual_level():
-                graph = _recorded(along, leaves, user, False, forward=True)
+                graph = recorded(along, leaves, user, False, forward=True)
             if not graph.attached:
 
                 def pull(us: Leaves, last: bool) -> Leaves:
-                    again = torch.is_grad_enabled() and any(map(_requires_grad, us))
+                    again = torch.is_grad_enabled() and any(map(requires_grad, us))
                     try:
                         return graph.backward(us, create_graph=again)
                     except CheckpointError:  # a checkpoint recomputes without the tangents, and is puzzled
@@ -118,7 +103,7 @@ def pushforward(f: Function, leaves: Leaves, line: Linearised) -> Callable[..., 
     one = lambda vs: torch.func.jvp(lambda xs: f(xs)[0], (list(leaves),), (vs,))[1]
 
     def push(vs: Leaves, many: bool = True) -> Leaves:
-        if line.forward and not transforming() and not any(map(_requires_grad, line.outputs)):
+        if line.forward and not transforming() and not any(map(requires_grad, line.outputs)):
             try:
                 with sdpa_kernel(SDPBackend.MATH):
                     return torch.func.vmap(one)(list(vs))
@@ -186,7 +171,7 @@ def _by_transforms(f: Function, leaves: Leaves, gradient: bool, level: Level, us
     function = torch.func.grad(first, has_aux=True) if gradient else of_tensors
     linearised: Any = torch.func.vjp(function, list(leaves), has_aux=True)
     outputs, pullback, tensors = linearised
-    if level < Level.ALL and repair.names and (repair.differentiates or any(map(_requires_grad, outputs))):
+    if level < Level.ALL and repair.names and (repair.differentiates or any(map(requires_grad, outputs))):
         return _by_transforms(f, leaves, gradient, Level.ALL, user)
 
     def linear(pullback: Callable[..., Any]) -> Callable[..., Leaves]:
@@ -229,7 +214,7 @@ def _proven(user: Any, one: Callable[[Leaves], Leaves], us: Leaves, products: Le
     with suppress(TypeError):  # not hashable: seen anew at every call
         if user in _batches:
             return True
-    if any(map(_requires_grad, products)):
+    if any(map(requires_grad, products)):
         return True
     with torch.no_grad():
         k = us[0].shape[0]
@@ -255,13 +240,13 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
     Stacked directions go through torch.func, which batches them better, or else one by one: batched
     in the graph itself (is_grads_batched) they are up to half as fast, and wrong through group_norm.
     """
-    replayed = _replayed(leaves)
-    graph = _recorded(f, leaves, user, gradient)
-    batched = cache(lambda: replayed(lambda: _batched(f, leaves, gradient, user)))
+    replay = replayed(leaves)
+    graph = recorded(f, leaves, user, gradient)
+    batched = cache(lambda: replay(lambda: _batched(f, leaves, gradient, user)))
 
     def linear(graph: Graph, stacked: Callable[[Linearised, Leaves], Leaves]) -> Callable[..., Leaves]:
         def one(us: Leaves, last: bool = False) -> Leaves:
-            again = torch.is_grad_enabled() and (graph.attached or any(map(_requires_grad, us)))
+            again = torch.is_grad_enabled() and (graph.attached or any(map(requires_grad, us)))
             return graph.backward(us, retain_graph=again or not last, create_graph=again)
 
         def apply(us: Leaves, many: bool = False, last: bool = False) -> Leaves:
@@ -281,177 +266,3 @@ def _by_graph(f: Function, leaves: Leaves, user: Any, gradient: bool) -> Lineari
     shown = graph.outputs if graph.attached or gradient else [y.detach() for y in graph.outputs]
     pull = linear(graph, lambda line, us: line.pull(us, many=True))
     return Linearised(shown, graph.aux, pull, transpose)
-
-
-def _replayed(leaves: Leaves) -> Callable[[Callable[[], Any]], Any]:
-    """Runs a function later with the random numbers of now; refuses where x has changed in place since."""
-    versions = [x._version for x in leaves]
-    state = torch.get_rng_state()
-    devices = {x.device for x in leaves if x.device.type == "cuda"}
-    states = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def run(function: Callable[[], Any]) -> Any:
-        if versions != [x._version for x in leaves]:
-            raise InputError("x has been changed in place since the operator was made; make a new operator")
-        with torch.random.fork_rng([device.index for device in devices]):
-            torch.set_rng_state(state)
-            for device, numbers in states.items():
-                torch.cuda.set_rng_state(numbers, device)
-            return function()
-
-    return run
-
-
-@dataclass
-class Graph:
-    """A recorded autograd graph of outputs at xs.
-
-    `attached` says whether it reaches other tensors, `careful` whether torch's backward is right only
-    while it records (the determinant of a singular matrix).
-    """
-
-    xs: Leaves
-    outputs: Leaves
-    aux: Any
-    attached: bool
-    careful: bool
-
-    def backward(self, us: Leaves | None, *, create_graph: bool, retain_graph: bool = False) -> list[Any]:
-        """Jᵀ u."""
-        if self.careful and not create_graph:
-            return [g.detach() for g in _backward(self.outputs, self.xs, us, create_graph=True)]
-        return _backward(self.outputs, self.xs, us, create_graph=create_graph, retain_graph=retain_graph)
-
-
-def _backward(
-    outputs: Leaves, xs: Leaves, us: Leaves | None, *, create_graph: bool, retain_graph: bool = False
-) -> list[Any]:
-    """torch.autograd.grad, less its checks of shapes, with zeros for what does not depend on xs.
-
-    The checks cost 30 µs a call, as much as a small layer's backward; directions are checked at the door.
-    """
-    if not all(map(_requires_grad, outputs)):  # constant outputs have no graph
-        kept = [i for i, y in enumerate(outputs) if y.requires_grad]
-        if not kept:
-            return [torch.zeros_like(x) for x in xs]
-        outputs = [outputs[i] for i in kept]
-        us = None if us is None else [us[i] for i in kept]
-    us = [torch.ones_like(y) for y in outputs] if us is None else us
-    grads = _engine_run_backward(
-        tuple(outputs),
-        tuple(us),
-        retain_graph or create_graph,
-        create_graph,
-        tuple(xs),
-        True,
-        accumulate_grad=False,
-    )
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
-
-
-# What the first call of a function taught: the repairs that its operations need.
-_learned: WeakKeyDictionary[Any, Level] = WeakKeyDictionary()
-
-
-class NoForwardMode(Exception):
-    """Forward mode does not give what reverse mode gives."""
-
-
-def _recorded(f: Function, leaves: Leaves, user: Any, gradient: bool, forward: bool = False) -> Graph:
-    """Record the graph of `f`, or of its gradient, from fresh leaves; say whether it reaches other tensors.
-
-    Such a result can be differentiated again, which some faulty operations do not survive; then, and
-    where an operation has no second derivative, `f` runs again in repaired form. With `forward`, `f`
-    carries tangents, and runs in the mode that sees whether they can be trusted.
-    """
-    if not torch.is_grad_enabled():
-        with torch.enable_grad():
-            graph = _recorded(f, leaves, user, gradient, forward)
-        return replace(graph, aux=_detached(graph.aux), attached=False)
-    if any(map(_requires_grad, leaves)):  # x itself may stand in what f closes over
-        xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves]
-    else:
-        xs = [x.detach().requires_grad_() for x in leaves]
-    level = _learned_level(user)
-    repair, (outputs, aux) = _run(f, xs, level)
-    attached, kinds = _survey(outputs, xs)
-    needed = Level.ALL if repair and repair.names and repair.differentiates else _needed(kinds, attached)
-    if needed > level:
-        _remember(user, needed)
-        repair, (outputs, aux) = _run(f, xs, needed)
-        attached, kinds = _survey(outputs, xs)
-    elif level is Level.TRANSFORMS and repair and repair.plain and not needed:
-        _remember(user, Level.NONE)
-    if repair and repair.level >= Level.ALL and _needed(kinds, attached) >= Level.ALL:
-        raise StrategyError(
-            "f calls an operation whose higher derivatives torch gets wrong "
-            f"({', '.join(sorted({kind.__name__ for kind in kinds} & FAULTY))}) below torch's Python functions; "
-            "call it as torch.nn.functional has it"
-        )
-    if forward and repair and not repair.forward:
-        raise NoForwardMode
-    if gradient:
-        outputs = _backward(outputs, xs, None, create_graph=True)
-    careful = not FIRST_IN_GRAD_MODE.isdisjoint(kind.__name__ for kind in kinds)
-    return Graph(xs, outputs, aux if attached else _detached(aux), attached, careful)
-
-
-def _detached(aux: Any) -> Any:
-    return None if aux is None else pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
-
-
-@lru_cache(maxsize=256)
-def _needed(kinds: frozenset[type], attached: bool) -> Level:
-    """The repairs that a graph of these operations needs."""
-    names = {kind.__name__ for kind in kinds}
-    if not names.isdisjoint(UNREPAIRABLE):
-        raise StrategyError(
-            "f runs torch's while_loop, scan, cond or map "
-            f"({', '.join(sorted(names & UNREPAIRABLE))}), whose derivatives torch {torch.__version__} "
-            "gets silently wrong; write it as a Python loop or branch"
-        )
-    if "CompiledFunctionBackward" in names:
-        return Level.EAGER
-    if not names.isdisjoint(FAULTY if attached else FAULTY_AT_SECOND):
-        return Level.ALL
-    return Level.NONE if names.isdisjoint(WITHOUT_SECOND) else Level.TRANSFORMS
-
-
-def _run(f: Function, xs: Leaves, level: Level) -> tuple[Repair | None, tuple[Leaves, Any]]:
-    if level is Level.NONE:
-        return None, f(xs)
-    stance = set_stance("force_eager") if level is Level.EAGER else nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), stance, Repair(level) as repair:
-        result = f(xs)
-    return repair, result
-
-
-def _learned_level(user: Any) -> Level:
-    try:
-        return _learned.get(user, Level.TRANSFORMS)
-    except TypeError:  # not hashable or not weakly referable: nothing is remembered
-        return Level.TRANSFORMS
-
-
-def _remember(user: Any, level: Level) -> None:
-    try:
-        _learned[user] = level
-    except TypeError:
-        return
-
-
-def _survey(outputs: Leaves, xs: Leaves) -> tuple[bool, frozenset[type]]:
-    """Whether the graph of `outputs` has leaves other than `xs`, and its kinds of operations."""
-    nodes = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen, ends = {None, *nodes}, []
-    for node in nodes:  # grows meanwhile
-        inputs = node.next_functions
-        if not inputs:
-            ends.append(node)
-        for other, _ in inputs:
-            if other not in seen:
-                seen.add(other)
-                nodes.append(other)
-    own = set(map(id, xs))
-    attached = any(id(getattr(end, "variable", xs[0])) not in own for end in ends)
-    return attached, frozenset(map(type, nodes))
