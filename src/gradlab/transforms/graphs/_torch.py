@@ -143,12 +143,17 @@ def recorded(f: Function, leaves: Leaves, user: Any, gradient: bool, forward: bo
         raise NoForwardMode
     if gradient:
         outputs = _backward(outputs, xs, None, create_graph=True)
-    careful = not FIRST_IN_GRAD_MODE.isdisjoint(kind.__name__ for kind in kinds)
-    return Graph(xs, outputs, aux if attached else _detached(aux), attached, careful)
+    return Graph(xs, outputs, aux if attached else _detached(aux), attached, _careful(kinds))
 
 
 def _detached(aux: Any) -> Any:
     return None if aux is None else pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
+
+
+@lru_cache(maxsize=256)
+def _careful(kinds: frozenset[type]) -> bool:
+    """Whether one of these operations has a backward that is right only while it records."""
+    return not FIRST_IN_GRAD_MODE.isdisjoint(kind.__name__ for kind in kinds)
 
 
 @lru_cache(maxsize=256)

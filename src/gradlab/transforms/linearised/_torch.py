@@ -74,7 +74,7 @@ def linearise_along(f: Function, leaves: Leaves, user: Any, vs: Leaves) -> tuple
 
     def along(xs: Leaves) -> tuple[Leaves, Any]:
         outputs, aux = f([torch._make_dual(x, v, level=0) for x, v in zip(xs, vs, strict=True)])
-        pairs = [forward_ad.unpack_dual(y) for y in outputs]
+        pairs = [torch._unpack_dual(y, level=0) for y in outputs]
         tangents[:] = [torch.zeros_like(y) if t is None else materialised(t.detach()) for y, t in pairs]
         return [y for y, _ in pairs], aux
 
