@@ -194,12 +194,9 @@ class Subject:
             y, pullback = jax.vjp(self.flat, x)
             return jnp.concatenate([y, pullback(u)[0]])
 
-        if compiled:
-            with self.mode():
-                compilation = self.compilations.setdefault("both", jax.jit(both))
-                return self._numpy(compilation(self._array(x), self._array(u)))
+        run = self.compilations.setdefault("both", jax.jit(both)) if compiled else both
         with self.mode():
-            return self._numpy(both(self._array(x), self._array(u)))
+            return self._numpy(run(self._array(x), self._array(u)))
 
     def mended(self) -> None:
         return None  # jax has no operation that is known to be wrong

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -151,7 +152,7 @@ class Subject:
         return ""
 
     def jvp(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
-        return self._run(lambda x, v: _pushed(self.flat, [x], [v]), x, v)
+        return self._run(lambda x, v: _pushed(self.flat, x, v), x, v)
 
     def vjp(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         return self._run(lambda x, u: _pulled(self.flat, x, u), x, u)
@@ -177,9 +178,7 @@ class Subject:
             def alone(k: int, leaf: Any) -> Any:
                 return self.output.ravel(self.function([*leaves[:k], leaf, *leaves[k + 1 :]])[0])
 
-            each = (
-                _pushed(lambda z, k=k: alone(k, z), [leaves[k]], [tangents[k]]) for k in range(len(leaves))
-            )
+            each = (_pushed(lambda z, k=k: alone(k, z), leaves[k], tangents[k]) for k in range(len(leaves)))
             return sum(each)
 
         return self._run(total, x, v)
@@ -248,8 +247,8 @@ class Subject:
 
     def mended(self) -> tuple[Subject, str] | None:
         repair = Repair(Level.ALL)
-        other = Subject.__new__(Subject)
-        other.__dict__.update(self.__dict__, function=repaired(self.function, repair))
+        other = copy.copy(self)
+        other.function = repaired(self.function, repair)
         other.value(self.x)
         return (other, ", ".join(sorted(repair.names))) if repair.names else None
 
@@ -293,11 +292,10 @@ def _zero_or(gradient: Callable[[], Any], y: Any, x: Any) -> Any:
     return gradient() if y.requires_grad else torch.zeros_like(x)
 
 
-def _pushed(f: Callable[..., Any], xs: list[Any], vs: list[Any]) -> Any:
+def _pushed(f: Callable[..., Any], x: Any, v: Any) -> Any:
     """Forward mode by dual numbers, which every autograd.Function with a jvp supports."""
     with forward_ad.dual_level():
-        y = f(*[forward_ad.make_dual(x, v) for x, v in zip(xs, vs, strict=True)])
-        primal, tangent = forward_ad.unpack_dual(y)
+        primal, tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, v)))
     return torch.zeros_like(primal) if tangent is None else materialised(tangent)
 
 

@@ -5,6 +5,7 @@ Neutral: what is claimed, and what each claim is compared with; `judge.py` gives
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -151,12 +152,12 @@ def _higher(c: Checked, modes: tuple[str, ...], order: int) -> Iterator[Claim]:
 
 
 def _mapped(modes: tuple[str, ...], u: Vector) -> Iterator[Claim]:
-    yield "vmap", lambda c: _alike(c, "vmap", np.ones(1), "a loop gives")
+    yield "vmap", lambda c: _alike(c, "vmap", np.ones(1))
     if "forward" in modes:
-        yield "vmap of jvp", lambda c: _alike(c, "vmap of jvp", c.directions[0], "a loop gives")
+        yield "vmap of jvp", lambda c: _alike(c, "vmap of jvp", c.directions[0])
     if "reverse" in modes:
-        yield "vmap of vjp", lambda c: _alike(c, "vmap of vjp", u, "a loop gives")
-        yield "vjp of vmap", lambda c: _alike(c, "vjp of vmap", u, "a loop gives")
+        yield "vmap of vjp", lambda c: _alike(c, "vmap of vjp", u)
+        yield "vjp of vmap", lambda c: _alike(c, "vjp of vmap", u)
 
 
 def _structure(c: Checked) -> Row:
@@ -284,8 +285,8 @@ def _nested(how: str, c: Checked) -> Row:
     if mended is None:
         return row
     subject, operations = mended
-    other = Checked.__new__(Checked)
-    other.__dict__.update(c.__dict__, low=subject, high=subject)
+    other = copy.copy(c)
+    other.low = other.high = subject
     if _nest(how, other).status == FAILED:
         return row
     note = f"{row.message}; {operations} differentiated by primitives is right: a fault of the framework's"
@@ -329,11 +330,11 @@ def _hessian(c: Checked) -> Row:
     return judged("hessian", columns, scales, reference, c, where)
 
 
-def _alike(c: Checked, how: str, seed: Vector, words: str) -> Row:
+def _alike(c: Checked, how: str, seed: Vector) -> Row:
     """A transform of f against a loop over the same points."""
     batched = lambda s, x, seed: s.mapped(how, x, seed, loop=False)
     looped = lambda s, x, seed: s.mapped(how, x, seed, loop=True)
-    return agreed(how, batched, looped, seed, c, words=words)
+    return agreed(how, batched, looped, seed, c, words="a loop gives")
 
 
 def _compiled(u: Vector, c: Checked) -> Row:

@@ -8,6 +8,7 @@ reference cannot resolve is inconclusive.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,14 +71,14 @@ def judged(
 ) -> Row:
     """The verdict on a derivative against differences in float64, then in its own precision."""
     exact, estimate = derivative(c.high, c.x, seed), reference(STEPS)
+    spread = cache(lambda: _spread(derivative, c.high, c, seed, exact))
     allowed = FACTOR * estimate.uncertainty + _rounding(c.high, exact)
     error = _distance(exact, estimate.value, allowed)
     if not (error <= allowed).all():
-        allowed = allowed + _spread(derivative, c.high, c, seed, exact)
+        allowed = allowed + spread()
     if not ((error <= allowed) & resolved(estimate)).all():
         estimate = estimate.confirmed(reference(SECOND_STEPS))
-        allowed = FACTOR * estimate.uncertainty + _rounding(c.high, exact)
-        allowed = allowed + _spread(derivative, c.high, c, seed, exact)
+        allowed = FACTOR * estimate.uncertainty + _rounding(c.high, exact) + spread()
         error = _distance(exact, estimate.value, allowed)
     if not (error <= allowed).all():
         return _failed(claim, error, allowed, exact, estimate.value, where, "")

@@ -6,7 +6,8 @@ from typing import Any, get_args
 import jax
 
 from gradlab._errors import InputError
-from gradlab.transforms.jacobians import Mode, one_of
+from gradlab.transforms.jacobians import Mode
+from gradlab.transforms.jacobians.modes import one_of
 from gradlab.transforms.linearised._jax import (
     in_chunks,
     is_traced,

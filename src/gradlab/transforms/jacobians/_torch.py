@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from gradlab._errors import InputError
-from gradlab.transforms.jacobians import Mode, one_of
+from gradlab.transforms.jacobians import Mode
+from gradlab.transforms.jacobians.modes import one_of
 from gradlab.transforms.linearised._torch import in_chunks, linearise, over_basis, pushforward
 from gradlab.transforms.operators import DIRECTIONS, PUSHES, LinearOperator, check_chunk_size, check_fits
 from gradlab.transforms.trees._torch import Tree, nested, nested_columns, tree_function
