@@ -27,7 +27,7 @@ def derivatives(
     has_aux: bool = False,
     vmap: bool = True,
     compiled: bool | None = None,
-    directions: int = 3,
+    directions: int = 2,
     seed: int = 0,
 ) -> Report:
     """Check every claim a framework makes of f's derivatives at x against extrapolated differences.
@@ -73,7 +73,7 @@ def derivatives(
         BackendError: arrays of both frameworks, or of neither.
 
     Cost:
-        57 evaluations of f a direction, shared by all claims of first order, and as many gradients for
+        45 evaluations of f a direction, shared by all claims of first order, and as many gradients for
         those of second order; besides one derivative a claim and direction. Does not grow with the
         number of parameters. A row is evaluated again where its error needs an explanation.
         Entries of a direction have sizes between 0.5 and 1.5, so that one wrong entry among n shifts the

@@ -49,7 +49,8 @@ def _compared(of_torch: Any, of_jax: Any, order: int, seed: int) -> list[Row]:
             one = getattr(subject, name)
             return lambda _, x, seed: one(x) if name == "value" else one(x, seed)
 
-        return agreed("hvp" if name == "product" else name, of(of_torch), of(of_jax), seed, c, place, WORDS)
+        claim, linear = "hvp" if name == "product" else name, name != "value"
+        return agreed(claim, of(of_torch), of(of_jax), seed, c, place, WORDS, linear)
 
     return [row(*claim) for claim in claims]
 

@@ -55,9 +55,11 @@ class Checked:
         if self.low.scalar:
             return plain
         first = self.ladder("value", 0, STEPS)
-        slope = np.nan_to_num(np.abs(first.slope().value))
-        floor = np.maximum(1e-4 * np.abs(first.centre), 1e-8 * slope.max(initial=0.0))
-        size = np.maximum(slope, floor)
+        estimate = first.slope()
+        slope = np.nan_to_num(np.abs(estimate.value))
+        size = np.maximum(slope, 1e-4 * np.abs(first.centre))
+        known = slope > 10 * estimate.uncertainty  # rounding must not be blown up to count
+        size = np.where(known, np.maximum(size, 1e-8 * size.max(initial=0.0)), size.max(initial=0.0))
         return plain / np.where(size > 0, size, 1.0)
 
     def everywhere(self, verdict: Callable[[int, Vector], Row]) -> Row:
@@ -218,7 +220,7 @@ def _linear(u: Vector, c: Checked) -> Row:
     parts = [
         (lambda s, x, u: pull(s, x, 2 * u + w), lambda s, x, u: 2 * pull(s, x, u) + pull(s, x, w)),
         (lambda s, x, u: pull(s, x, -u), lambda s, x, u: -pull(s, x, u)),
-        (lambda s, x, u: pull(s, x, 0 * u), lambda s, x, u: 0 * x),
+        (lambda s, x, u: pull(s, x, 0 * u), lambda s, x, u: np.zeros_like(x)),
     ]
     words = "a linear pullback gives"
     return worst([agreed("vjp linear", one, other, u, c, c.low.where, words) for one, other in parts])
@@ -230,7 +232,8 @@ def _repeatable(u: Vector, c: Checked) -> Row:
     if changed:
         return Row("vjp repeatable", FAILED, message="the pullback changed its cotangent in place")
     claim = "vjp repeatable"
-    return agreed(claim, lambda s, x, u: again, lambda s, x, u: once, u, c, c.low.where, "its first run gave")
+    forms = (lambda s, x, u: again, lambda s, x, u: once)
+    return agreed(claim, *forms, u, c, c.low.where, "its first run gave", linear=False)
 
 
 def _transposed(u: Vector, c: Checked) -> Row:
@@ -334,21 +337,25 @@ def _alike(c: Checked, how: str, seed: Vector) -> Row:
     """A transform of f against a loop over the same points."""
     batched = lambda s, x, seed: s.mapped(how, x, seed, loop=False)
     looped = lambda s, x, seed: s.mapped(how, x, seed, loop=True)
-    return agreed(how, batched, looped, seed, c, words="a loop gives")
+    return agreed(how, batched, looped, seed, c, words="a loop gives", linear=how != "vmap")
 
 
 def _compiled(u: Vector, c: Checked) -> Row:
     """Value and pullback, compiled and not."""
     compiled = lambda s, x, u: s.run(x, u, compiled=True)
     eager = lambda s, x, u: s.run(x, u, compiled=False)
-    return agreed("compiled", compiled, eager, u, c, words="uncompiled it is")
+    return agreed("compiled", compiled, eager, u, c, words="uncompiled it is", linear=False)
 
 
 def natural_scales(x: Vector, sizes: list[int]) -> Vector:
-    """A natural change of each entry: its size, or that of its leaf where it is nearly or wholly zero."""
-    parts = np.split(np.abs(x), np.cumsum(sizes)[:-1])
+    """A natural change of each entry: its size, or that of its leaf where it is nearly or wholly zero.
+
+    An infinite entry has no neighbours and is left where it is.
+    """
+    size = np.where(np.isfinite(x), np.abs(x), 0.0)
+    parts = np.split(size, np.cumsum(sizes)[:-1])
     medians = np.repeat([np.median(p[p > 0]) if (p > 0).any() else 1.0 for p in parts], sizes)
-    return np.where(x == 0, medians, np.maximum(np.abs(x), 1e-3 * medians))
+    return np.isfinite(x) * np.where(x == 0, medians, np.maximum(size, 1e-3 * medians))
 
 
 def entry_name(tree: Any, i: int) -> str:

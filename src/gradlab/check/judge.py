@@ -111,8 +111,9 @@ def agreed(
     c: Any,
     where: Callable[[int], str] = lambda i: "",
     words: str = "",
+    linear: bool = True,
 ) -> Row:
-    """The verdict on two forms of the same numbers, which differ by rounding alone."""
+    """The verdict on two forms of the same numbers, `linear` in the seed, which differ by rounding alone."""
     left, right = one(c.low, c.x, seed), other(c.low, c.x, seed)
     if left.shape != right.shape:
         return Row(claim, FAILED, message=f"shape {left.shape} where {right.shape} is right")
@@ -121,7 +122,8 @@ def agreed(
     allowed = np.full(right.shape, ULPS * c.low.eps * size + np.finfo(np.float64).tiny)
     error = np.where(finite, np.abs(left - right), 0.0)
     if not (error <= allowed).all():
-        allowed = allowed + _spread(other, c.low, c, seed, right) + _spread(one, c.low, c, seed, left)
+        forms = ((other, right), (one, left))
+        allowed = allowed + sum(_spread(form, c.low, c, seed, here, linear) for form, here in forms)
     if not (error <= allowed).all():
         return _failed(claim, error, allowed, left, right, where, "", words or "the other form gives")
     i = int(np.argmax(error / allowed)) if error.size else 0
@@ -156,12 +158,18 @@ def _rounding(s: Subject, exact: Vector) -> Vector:
         return np.nan_to_num(np.sqrt(s.eps) * np.abs(exact)) + np.finfo(np.float64).tiny
 
 
-def _spread(derivative: Derivative, s: Subject, c: Any, seed: Vector, here: Vector) -> Vector:
-    """What rounding in the subject's own precision can do: the answer to changes of a few ulps."""
-    sizes = (1, 1, 2, 2, 3, 4)
+def _spread(
+    derivative: Derivative, s: Subject, c: Any, seed: Vector, here: Vector, linear: bool = False
+) -> Vector:
+    """What rounding in the subject's own precision can do: the answer to changes of a few ulps.
+
+    Where it is linear in the seed, another scale of it as well, which rounds what cancels otherwise.
+    """
+    changes = ((1, 1.0), (1, 1.0007), (2, 1.0), (2, 1.0011), (3, 0.9993), (4, 0.9989))
     near = lambda z, size: z * (1 + s.eps * size * c.rng.choice([-1.0, 1.0], size=z.size))
     with np.errstate(all="ignore"):
-        moved = [derivative(s, near(c.x, size), near(seed, size)) for size in sizes]
+        scaled = [(near(c.x, size), near(seed, size), scale if linear else 1.0) for size, scale in changes]
+        moved = [derivative(s, x, scale * u) / scale for x, u, scale in scaled]
         return FACTOR * np.nan_to_num(np.max([np.abs(m - here) for m in moved], axis=0))
 
 
