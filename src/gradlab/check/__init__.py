@@ -7,11 +7,12 @@ check.derivatives(f, x, *args).raise_if_failed()
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from gradlab._dispatch import framework_of
 from gradlab._errors import InputError, KindError
-from gradlab.check.report import CheckError, Report, Row
+from gradlab.check.report import FAILED, UNSUPPORTED, CheckError, Report, Row
 
 __all__ = ["CheckError", "Report", "Row", "agree", "derivatives"]
 
@@ -28,6 +29,7 @@ def derivatives(
     vmap: bool = True,
     compiled: bool | None = None,
     directions: int = 2,
+    explore: bool = False,
     seed: int = 0,
 ) -> Report:
     """Check every claim a framework makes of f's derivatives at x against extrapolated differences.
@@ -59,7 +61,10 @@ def derivatives(
             torch.compile takes seconds.
         directions: Random directions for each claim; a tree of several leaves has up to 6 more, of one
             leaf each.
-        seed: Of the directions.
+        explore: Whether to search the inputs around x too, when no claim fails at x: x scaled and shifted as
+            a whole, a few entries replaced by any number up to 1000 times the largest. The report is then
+            of the simplest point found where a claim fails, which is its `.point`. Needs hypothesis.
+        seed: Of the directions, and of the search.
 
     Returns:
         A `Report`: `.rows` (one a claim, with `.status` "passed", "failed", "unsupported" where the
@@ -75,7 +80,8 @@ def derivatives(
     Cost:
         45 evaluations of f a direction, shared by all claims of first order, and as many gradients for
         those of second order; besides one derivative a claim and direction. Does not grow with the
-        number of parameters. A row is evaluated again where its error needs an explanation.
+        number of parameters. A row is evaluated again where its error needs an explanation. Exploration
+        checks 200 points, without vmap and compilation.
         Entries of a direction have sizes between 0.5 and 1.5, so that one wrong entry among n shifts the
         slope by at least half of its fault, and is missed only where that is below 10 ε: with ε near
         1e-13 of the whole slope, or where faults cancel along every direction (probability zero for
@@ -107,10 +113,23 @@ def derivatives(
     else:
         from gradlab.check import _jax as adapter  # type: ignore[no-redef]
     subject, shadow = adapter.subjects(f, x, args, has_aux)
-    checked = Checked(subject, shadow, seed, directions)
     chosen = MODES if modes == "all" else (modes,)
     compiled = framework == "jax" if compiled is None else compiled
-    return Report(framework, subject.dtype, rows(checked, order, chosen, vmap, compiled))
+
+    def found(subject: Any, *how: Any) -> list[Row]:
+        return rows(Checked(subject, shadow, seed, directions), order, chosen, *how)
+
+    report = Report(framework, subject.dtype, found(subject, vmap, compiled))
+    if explore and not report.failed:
+        from gradlab.check.exploration import failing_point
+
+        refused = tuple(row.claim for row in report.rows if row.status == UNSUPPORTED)
+        fails = lambda z: any(row.status == FAILED for row in found(subject.at(z), False, False, refused))
+        z = failing_point(subject.x, subject.sizes, fails, seed)
+        if z is not None:
+            there = subject.at(z)
+            report = replace(report, rows=found(there, vmap, compiled), point=adapter.restored(there, x))
+    return report
 
 
 def agree(

@@ -60,10 +60,9 @@ def _widened_leaf(leaf: Any) -> Any:
 
 def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..., Any], Any]:
     """f and x with complex arrays as pairs of reals on a last axis: each framework's convention cancels."""
-    complex_leaf = lambda leaf: isinstance(leaf, (jax.Array, np.ndarray)) and jnp.iscomplexobj(leaf)
-    pairs = lambda leaf: jnp.stack([leaf.real, leaf.imag], -1) if complex_leaf(leaf) else leaf
+    pairs = lambda leaf: jnp.stack([leaf.real, leaf.imag], -1) if _complex(leaf) else leaf
     leaves, structure = jax.tree.flatten(x)
-    which = [complex_leaf(leaf) for leaf in leaves]
+    which = [_complex(leaf) for leaf in leaves]
 
     def real(x: Any, *args: Any) -> Any:
         given = jax.tree.leaves(x)
@@ -76,6 +75,17 @@ def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..
         return jax.tree.map(pairs, y)
 
     return real, jax.tree.map(pairs, x)
+
+
+def restored(subject: Subject, x: Any) -> Any:
+    """The subject's point as a tree like x, of which `real_form` made pairs."""
+    given = subject.tree.put(subject.tree.split(subject._array(subject.x)))
+    join = lambda leaf, pair: jax.lax.complex(pair[..., 0], pair[..., 1]) if _complex(leaf) else pair
+    return jax.tree.map(join, x, given)
+
+
+def _complex(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray)) and jnp.iscomplexobj(leaf)
 
 
 class Subject:
@@ -96,6 +106,12 @@ class Subject:
 
     def weigh(self, u: np.ndarray) -> None:
         self.weights = u
+
+    def at(self, x: np.ndarray) -> Subject:
+        """The same function at another point, rounded to its dtype."""
+        other = copy.copy(self)
+        other.x = self._numpy(self._array(x))
+        return other
 
     def flat(self, z: Any) -> Any:
         """f on flat vectors, all in the dtype of x."""

@@ -81,10 +81,9 @@ def _widened(leaf: Any) -> Any:
 
 def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..., Any], Any]:
     """f and x with complex tensors as pairs of reals on a last axis: each framework's convention cancels."""
-    complex_leaf = lambda leaf: isinstance(leaf, torch.Tensor) and leaf.is_complex()
-    pairs = lambda leaf: torch.stack([leaf.real, leaf.imag], -1) if complex_leaf(leaf) else leaf
+    pairs = lambda leaf: torch.stack([leaf.real, leaf.imag], -1) if _complex(leaf) else leaf
     leaves, structure = pytree.tree_flatten(x)
-    which = [complex_leaf(leaf) for leaf in leaves]
+    which = [_complex(leaf) for leaf in leaves]
 
     def real(x: Any, *args: Any) -> Any:
         given = pytree.tree_leaves(x)
@@ -95,6 +94,17 @@ def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..
         return pytree.tree_map(pairs, y)
 
     return real, pytree.tree_map(pairs, x)
+
+
+def restored(subject: Subject, x: Any) -> Any:
+    """The subject's point as a tree like x, of which `real_form` made pairs."""
+    given = subject.tree.put(subject.tree.split(subject._array(subject.x)))
+    join = lambda leaf, pair: torch.complex(pair[..., 0], pair[..., 1]) if _complex(leaf) else pair
+    return pytree.tree_map(join, x, given)
+
+
+def _complex(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_complex()
 
 
 class Subject:
@@ -126,6 +136,12 @@ class Subject:
 
     def weigh(self, u: np.ndarray) -> None:
         self.weights = u
+
+    def at(self, x: np.ndarray) -> Subject:
+        """The same function at another point, rounded to its dtype."""
+        other = copy.copy(self)
+        other.x = self._numpy(self._array(x))
+        return other
 
     def flat(self, z: Any) -> Any:
         """f on flat vectors, all in the dtype of x."""

@@ -79,9 +79,14 @@ Claim = tuple[str, Callable[[Checked], Row]]
 
 
 def rows(
-    c: Checked, order: int, modes: tuple[str, ...] = MODES, vmap: bool = True, compiled: bool = True
+    c: Checked,
+    order: int,
+    modes: tuple[str, ...] = MODES,
+    vmap: bool = True,
+    compiled: bool = True,
+    without: tuple[str, ...] = (),
 ) -> list[Row]:
-    """Every claim up to the order asked for, one row each."""
+    """Every claim up to the order asked for, one row each; some are left out by name."""
     first = _value(c)
     if first.status != PASSED:
         return [first]
@@ -95,7 +100,7 @@ def rows(
         claims += _mapped(modes, u)
     if compiled:
         claims.append(("compiled", partial(_compiled, u)))
-    return [first, *(_supported(name, claim, c) for name, claim in claims)]
+    return [first, *(_supported(name, claim, c) for name, claim in claims if name not in without)]
 
 
 def _supported(name: str, claim: Callable[[Checked], Row], c: Checked) -> Row:

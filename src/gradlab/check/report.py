@@ -43,11 +43,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found of one function at one point: `.rows`, `.passed`, a table, JSON."""
+    """What was found of one function at one point: `.rows`, `.passed`, a table, JSON.
+
+    Attributes:
+        framework: "jax", "torch", or both where they are compared.
+        dtype: of x.
+        rows: the verdicts.
+        point: the point that exploration found, a tree like x; None where the rows are of x itself.
+    """
 
     framework: str
     dtype: str
     rows: list[Row] = field(default_factory=list)
+    point: Any = None
 
     @property
     def passed(self) -> bool:
@@ -55,6 +63,17 @@ class Report:
         statuses = {row.status for row in self.rows}
         checked = any(row.status == PASSED for row in self.rows if row.claim != "value")
         return checked and not statuses & {FAILED, INCONCLUSIVE}
+
+    @property
+    def failed(self) -> bool:
+        """True when a claim failed: a derivative is wrong, which is more than not `passed`."""
+        return any(row.status == FAILED for row in self.rows)
+
+    @property
+    def title(self) -> str:
+        """Of what function, and where."""
+        place = "" if self.point is None else f", at the point {self.point} that exploration found"
+        return f"derivatives on {self.framework}, {self.dtype}{place}"
 
     def __getitem__(self, claim: str) -> Row:
         return next(row for row in self.rows if row.claim == claim)
@@ -67,13 +86,20 @@ class Report:
         lines = [f"{row.claim} {row.status}: {row.message}" for row in bad] or [
             "no derivative could be checked"
         ]
-        raise CheckError(
-            "\n".join([f"derivatives on {self.framework}, {self.dtype}:", *lines, "", str(self)])
-        )
+        raise CheckError("\n".join([f"{self.title}:", *lines, "", str(self)]))
 
     def to_json(self) -> str:
         """The report as one JSON object."""
-        return json.dumps({**asdict(self), "passed": self.passed})
+        rows = [asdict(row) for row in self.rows]
+        return json.dumps(
+            {
+                "title": self.title,
+                "framework": self.framework,
+                "dtype": self.dtype,
+                "passed": self.passed,
+                "rows": rows,
+            }
+        )
 
     def cells(self) -> list[list[str]]:
         """The table's rows as text: claim, status, error, uncertainty, where."""
@@ -90,7 +116,7 @@ class Report:
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table(*HEADINGS, title=f"derivatives on {self.framework}, {self.dtype}")
+        table = Table(*HEADINGS, title=self.title)
         colours = {PASSED: "green", FAILED: "bold red", UNSUPPORTED: "dim", INCONCLUSIVE: "yellow"}
         for row, cells in zip(self.rows, self.cells(), strict=True):
             table.add_row(*cells, style=colours[row.status])
