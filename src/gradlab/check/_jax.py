@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import gradlab.jax as gl
-from gradlab.check.claims import entry_name
+from gradlab._typing import Leaves
+from gradlab.check.claims import POINTS, SEEDS, entry_name
 from gradlab.transforms.linearised._jax import equations
 from gradlab.transforms.trees._jax import Tree, tree_function
 
 OP = "check.derivatives"
-POINTS = np.array([1.0, 1.01, 0.98])  # multiples of x that are mapped over
 
 
 def subjects(f: Callable[..., Any], x: Any, args: Any, has_aux: bool) -> tuple[Subject, Subject | None]:
@@ -115,10 +115,17 @@ class Subject:
 
     def flat(self, z: Any) -> Any:
         """f on flat vectors, all in the dtype of x."""
-        return self.output.ravel(self.function(self.tree.split(z))[0]).astype(self.tree.dtype)
+        return self._flat(self.tree.split(z))
+
+    def _flat(self, leaves: Leaves) -> Any:
+        return self.output.ravel(self.function(leaves)[0]).astype(self.tree.dtype)
 
     def value(self, x: np.ndarray) -> np.ndarray:
         return self._run("value", self.flat, x)
+
+    def plain(self, x: np.ndarray) -> np.ndarray:
+        with self.mode():
+            return self._numpy(self.flat(self._array(x)))
 
     def mutated(self) -> str:
         return ""  # jax arrays cannot be
@@ -144,17 +151,24 @@ class Subject:
     def jvp_by_leaf(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         def total(x: Any, v: Any) -> Any:
             leaves, tangents = self.tree.split(x), self.tree.split(v)
-
-            def alone(k: int, leaf: Any) -> Any:
-                return self.output.ravel(self.function([*leaves[:k], leaf, *leaves[k + 1 :]])[0])
-
-            each = (
-                jax.jvp(lambda z, k=k: alone(k, z), (leaves[k],), (tangents[k],))[1]
-                for k in range(len(leaves))
+            return sum(
+                jax.jvp(self._alone(leaves, k), (leaves[k],), (tangents[k],))[1] for k in range(len(leaves))
             )
-            return sum(each)
 
         return self._run("jvp by leaf", total, x, v)
+
+    def vjp_by_leaf(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        def each(x: Any, u: Any) -> Any:
+            leaves = self.tree.split(x)
+            return self.tree.ravel(
+                [jax.vjp(self._alone(leaves, k), leaves[k])[1](u)[0] for k in range(len(leaves))]
+            )
+
+        return self._run("vjp by leaf", each, x, u)
+
+    def _alone(self, leaves: Leaves, k: int) -> Callable[[Any], Any]:
+        """f of its k-th leaf, the others held constant."""
+        return lambda leaf: self._flat([*leaves[:k], leaf, *leaves[k + 1 :]])
 
     def vjp_by_output(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         def total(x: Any, u: Any) -> Any:
@@ -193,22 +207,24 @@ class Subject:
             "vmap of vjp": lambda x, u: jax.vjp(self.flat, x)[1](u)[0],
             "vjp of vmap": lambda x, u: jax.vjp(self.flat, x)[1](u)[0],
         }
-        points = POINTS[:, None] * x
+        points, alone = POINTS[:, None] * x, how in ("vmap of jvp", "vmap of vjp")
+        seeds = SEEDS[:, None] * seed if alone else np.zeros((0, seed.size))
         if loop:
-            return np.concatenate([self._run(f"{how}, one", one[how], z, seed) for z in points])
+            pairs = [(z, seed) for z in points] + [(x, s) for s in seeds]
+            return np.concatenate([self._run(f"{how}, one", one[how], *pair) for pair in pairs])
 
-        def many(points: Any, seed: Any) -> Any:
+        def many(points: Any, x: Any, seeds: Any, seed: Any) -> Any:
             if how == "vjp of vmap":
                 y, pullback = jax.vjp(jax.vmap(self.flat), points)
                 return pullback(jnp.broadcast_to(seed, y.shape))[0]
-            return jax.vmap(one[how], (0, None))(points, seed)
+            found = jax.vmap(one[how], (0, None))(points, seed)
+            return jnp.concatenate([found, jax.vmap(one[how], (None, 0))(x, seeds)]) if alone else found
 
-        return self._run(how, many, points, seed).reshape(-1)
+        return self._run(how, many, points, x, seeds, seed).reshape(-1)
 
     def run(self, x: np.ndarray, u: np.ndarray, compiled: bool) -> np.ndarray:
-        def both(x: Any, u: Any) -> Any:
-            y, pullback = jax.vjp(self.flat, x)
-            return jnp.concatenate([y, pullback(u)[0]])
+        def both(x: Any, u: Any) -> Any:  # the value apart, as f may look at whether it is traced
+            return jnp.concatenate([self.flat(x), jax.vjp(self.flat, x)[1](u)[0]])
 
         run = self.compilations.setdefault("both", jax.jit(both)) if compiled else both
         with self.mode():

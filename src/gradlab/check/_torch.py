@@ -12,13 +12,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import gradlab.torch as gl
-from gradlab.check.claims import entry_name
+from gradlab._typing import Leaves
+from gradlab.check.claims import POINTS, SEEDS, entry_name
 from gradlab.transforms.linearised._torch import materialised
 from gradlab.transforms.repairs._torch import Level, Repair, repaired
 from gradlab.transforms.trees._torch import Tree, tree_function
 
 OP = "check.derivatives"
-POINTS = np.array([1.0, 1.01, 0.98])  # multiples of x that are mapped over
 jvp, vjp, vmap = torch.func.jvp, torch.func.vjp, torch.func.vmap
 
 
@@ -145,11 +145,16 @@ class Subject:
 
     def flat(self, z: Any) -> Any:
         """f on flat vectors, all in the dtype of x."""
-        return self.output.ravel(self.function(self.tree.split(z))[0]).to(self.tree.dtype)
+        return self._flat(self.tree.split(z))
+
+    def _flat(self, leaves: Leaves) -> Any:
+        return self.output.ravel(self.function(leaves)[0]).to(self.tree.dtype)
 
     def value(self, x: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             return self._run(self.flat, x)
+
+    plain = value  # nothing is compiled
 
     def mutated(self) -> str:
         return self.changed[0] if self.changed else ""
@@ -190,14 +195,22 @@ class Subject:
     def jvp_by_leaf(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         def total(x: Any, v: Any) -> Any:
             leaves, tangents = self.tree.split(x), self.tree.split(v)
-
-            def alone(k: int, leaf: Any) -> Any:
-                return self.output.ravel(self.function([*leaves[:k], leaf, *leaves[k + 1 :]])[0])
-
-            each = (_pushed(lambda z, k=k: alone(k, z), leaves[k], tangents[k]) for k in range(len(leaves)))
-            return sum(each)
+            return sum(_pushed(self._alone(leaves, k), leaves[k], tangents[k]) for k in range(len(leaves)))
 
         return self._run(total, x, v)
+
+    def vjp_by_leaf(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        def each(x: Any, u: Any) -> Any:
+            leaves = self.tree.split(x)
+            return self.tree.ravel(
+                [_pulled(self._alone(leaves, k), leaves[k], u) for k in range(len(leaves))]
+            )
+
+        return self._run(each, x, u)
+
+    def _alone(self, leaves: Leaves, k: int) -> Callable[[Any], Any]:
+        """f of its k-th leaf, the others held constant."""
+        return lambda leaf: self._flat([*leaves[:k], leaf, *leaves[k + 1 :]])
 
     def vjp_by_output(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         def total(x: Any, u: Any) -> Any:
@@ -236,18 +249,21 @@ class Subject:
             "vmap of vjp": lambda x, u: vjp(self.flat, x)[1](u)[0],
             "vjp of vmap": lambda x, u: vjp(self.flat, x)[1](u)[0],
         }
-        points = POINTS[:, None] * x
+        points, alone = POINTS[:, None] * x, how in ("vmap of jvp", "vmap of vjp")
+        seeds = SEEDS[:, None] * seed if alone else np.zeros((0, seed.size))
         if loop:
-            return np.concatenate([self._run(one[how], z, seed) for z in points])
+            pairs = [(z, seed) for z in points] + [(x, s) for s in seeds]
+            return np.concatenate([self._run(one[how], *pair) for pair in pairs])
 
-        def many(points: Any, seed: Any) -> Any:
+        def many(points: Any, x: Any, seeds: Any, seed: Any) -> Any:
             if how == "vjp of vmap":
                 mapped: Any = vjp(vmap(self.flat), points)
                 y, pullback = mapped
                 return pullback(seed.expand_as(y))[0]
-            return vmap(one[how], (0, None))(points, seed)
+            found = vmap(one[how], (0, None))(points, seed)
+            return torch.cat([found, vmap(one[how], (None, 0))(x, seeds)]) if alone else found
 
-        return self._run(many, points, seed).reshape(-1)
+        return self._run(many, points, x, seeds, seed).reshape(-1)
 
     def run(self, x: np.ndarray, u: np.ndarray, compiled: bool) -> np.ndarray:
         forward = self.flat

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from gradlab.check.differences import STEPS, Estimate, Ladder, joined, ladder
-from gradlab.check.judge import Subject, Vector, agreed, judged, told, worst
+from gradlab.check.judge import FACTOR, Subject, Vector, agreed, judged, told, worst
 from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, UNSUPPORTED, Row
 
-LEAVES = 6  # directions of one leaf alone; more leaves are put in so many groups
+GROUPS = 6  # directions of one leaf alone; more leaves are put together in so many
 HESSIAN_ENTRIES = 8  # the dense Hessian is checked up to this many entries of x
 EVALUATIONS = 5  # at the same point, which a random function does not survive
 LOCATED = 3  # wrong entries that are named
 MODES = ("forward", "reverse")
+POINTS = np.array([1.0, 1.01, 0.98])  # multiples of x that are mapped over
+SEEDS = np.array([1.0, -1.5, 0.75])  # and of a direction or cotangent, at one x
 
 
 class Checked:
@@ -30,12 +33,13 @@ class Checked:
     def __init__(self, subject: Subject, shadow: Subject | None, seed: int, directions: int):
         self.low, self.high = subject, shadow if shadow and _same_function(subject, shadow) else subject
         self.x, self.rng = subject.x, np.random.default_rng(seed)
-        scales = natural_scales(subject.x, subject.sizes)
-        self.directions = [self._signs(subject.n) * scales for _ in range(directions)]
-        if len(subject.sizes) > 1:  # each leaf alone, lest a large one hides a small one
-            leaf = np.repeat(np.arange(len(subject.sizes)) % LEAVES, subject.sizes)
-            groups = min(LEAVES, len(subject.sizes))
-            self.directions += [self._signs(subject.n) * scales * (leaf == g) for g in range(groups)]
+        self.scales = natural_scales(subject.x, subject.sizes)
+        self.directions = [self._signs(subject.n) * self.scales for _ in range(directions)]
+        groups = _groups(self.scales, subject.sizes)
+        if groups.any():
+            self.directions += [
+                self._signs(subject.n) * self.scales * (groups == g) for g in range(groups.max() + 1)
+            ]
         self._ladders: dict[tuple[str, int, bool], Ladder] = {}
 
     def _signs(self, n: int) -> Vector:
@@ -46,8 +50,24 @@ class Checked:
         """Values or gradients along direction k, evaluated when first asked for."""
         key = (what, k, steps is STEPS)
         if key not in self._ladders:
-            self._ladders[key] = ladder(getattr(self.high, what), self.x, self.directions[k], steps)
+            along = self.gradients if what == "gradient" else partial(ladder, self.high.value, self.x)
+            self._ladders[key] = along(self.directions[k], steps)
         return self._ladders[key]
+
+    def gradients(self, v: Vector, steps: np.ndarray) -> Ladder:
+        """Of u·f along v; what is below the rounding of u·f in a natural change of x is rounding."""
+        found = ladder(self.high.gradient, self.x, v, steps)
+        return replace(found, natural=self.magnitude / np.where(self.scales > 0, self.scales, 1.0))
+
+    @cached_property
+    def magnitude(self) -> float:
+        """Of u·f at x."""
+        return float(np.abs(self.high.weights) @ np.abs(self.high.value(self.x)))
+
+    @property
+    def noise(self) -> Vector:
+        """Of f in its own precision."""
+        return self.ladder("value", 0, STEPS).noise * (self.low.eps / self.high.eps)
 
     def cotangent(self) -> Vector:
         """A random u in which each output counts by its slope, so that a small one is not hidden."""
@@ -67,17 +87,29 @@ class Checked:
         return worst([verdict(k, v) for k, v in enumerate(self.directions)])
 
 
+def _groups(scales: Vector, sizes: list[int]) -> np.ndarray:
+    """For each entry the number of a group that also gets a direction of its own, lest a larger one hides it.
+
+    A group is a leaf, or those of its entries which are 10⁴ times smaller or larger than most.
+    """
+    leaf = np.repeat(np.arange(len(sizes)), sizes)
+    parts = [part for part in np.split(scales, np.cumsum(sizes)[:-1]) if part.size]
+    relative = np.concatenate([part / (np.median(part) or 1.0) for part in parts])
+    band = np.round(np.log10(np.where(relative > 0, relative, 1.0)) / 8)
+    return np.unique(np.stack([leaf, band]), axis=1, return_inverse=True)[1].reshape(-1) % GROUPS
+
+
 def _same_function(subject: Subject, shadow: Subject) -> bool:
     """Whether the float64 run is of the same function: keyed random numbers, for one, depend on the dtype."""
     low, high = subject.value(subject.x), shadow.value(shadow.x)
-    with np.errstate(all="ignore"):
-        near = np.abs(low - high) <= np.sqrt(subject.eps) * (np.abs(high) + np.abs(high).max(initial=0.0))
+    near = np.abs(low - high) <= np.sqrt(subject.eps) * (np.abs(high) + np.abs(high).max(initial=0.0))
     return low.shape == high.shape and bool((near | ~np.isfinite(low) | ~np.isfinite(high)).all())
 
 
 Claim = tuple[str, Callable[[Checked], Row]]
 
 
+@np.errstate(all="ignore")
 def rows(
     c: Checked,
     order: int,
@@ -115,7 +147,7 @@ def _value(c: Checked) -> Row:
     mutated = c.low.mutated()
     if mutated:
         return Row("value", FAILED, where=mutated, message=f"f changed its input {mutated} in place")
-    once, *others = (c.low.value(c.x) for _ in range(EVALUATIONS))
+    once, *others = (c.low.plain(c.x) for _ in range(EVALUATIONS))
     again = next((z for z in others if not np.array_equal(once, z, equal_nan=True)), once)
     if again is not once:
         worst_error = float(np.nanmax(np.abs(once - again)))
@@ -245,24 +277,25 @@ def _transposed(u: Vector, c: Checked) -> Row:
     def verdict(k: int, v: Vector) -> Row:
         forward = lambda s, x, v: np.atleast_1d(s.jvp(x, v) @ u)
         reverse = lambda s, x, v: np.atleast_1d(s.vjp(x, u) @ v)
-        return agreed("jvp against vjp", forward, reverse, v, c, words="the vjp gives")
+        least = c.low.eps * c.magnitude
+        return agreed("jvp against vjp", forward, reverse, v, c, words="the vjp gives", least=least)
 
     return c.everywhere(verdict)
 
 
 def _parts(u: Vector, forward: bool, reverse: bool, c: Checked) -> Row:
     """Each leaf of x, and each of f's outputs, differentiated with the others left out: they add up."""
-    found, claim = [], "each part alone"
-    if reverse:
-        alone = lambda s, x, u: s.vjp_by_output(x, u)
-        found.append(
-            agreed(claim, alone, lambda s, x, u: s.vjp(x, u), u, c, c.low.where, "together they give")
-        )
-    if forward:
-        each = lambda s, x, v: s.jvp_by_leaf(x, v)
-        v, where = c.directions[0], c.low.where_output
-        found.append(agreed(claim, each, lambda s, x, v: s.jvp(x, v), v, c, where, "together they give"))
-    return worst(found)
+    v, inside, outside = c.directions[0], c.low.where, c.low.where_output
+    vjp, jvp = lambda s, x, u: s.vjp(x, u), lambda s, x, v: s.jvp(x, v)
+    parts: list[tuple[Any, ...]] = [
+        (lambda s, x, u: s.vjp_by_output(x, u), vjp, u, c, inside),
+        (lambda s, x, u: s.vjp_by_leaf(x, u), vjp, u, c, inside),
+    ] * reverse + [(lambda s, x, v: s.jvp_by_leaf(x, v), jvp, v, c, outside)] * forward
+    claim = "each part alone"
+    found = [
+        _supported(claim, lambda c: agreed(claim, *part, words="together they give"), c) for part in parts
+    ]
+    return worst([row for row in found if row.status != UNSUPPORTED] or found)
 
 
 def _second(c: Checked, claim: str, derivative: Callable[[Subject, Vector, Vector], Vector]) -> Row:
@@ -320,47 +353,51 @@ def _nest(how: str, c: Checked) -> Row:
 
 
 def _symmetric(c: Checked) -> Row:
-    v, w = c.directions[0], c.rng.permutation(c.directions[0])
+    v, w = c.directions[0], c._signs(c.low.n) * c.scales
     left = lambda s, x, v: np.atleast_1d(s.product(x, v) @ w)
     right = lambda s, x, v: np.atleast_1d(s.product(x, w) @ v)
-    return agreed("hessian symmetric", left, right, v, c, words="its transpose gives")
+    least = c.low.eps * c.magnitude
+    return agreed("hessian symmetric", left, right, v, c, words="its transpose gives", least=least)
 
 
 def _hessian(c: Checked) -> Row:
-    n, scales = c.low.n, natural_scales(c.x, c.low.sizes)
+    n = c.low.n
 
     def reference(steps: np.ndarray) -> Estimate:
         """Columns H (sᵢ eᵢ), one after the other."""
-        return joined([ladder(c.high.gradient, c.x, row, steps).slope() for row in np.diag(scales)])
+        return joined([c.gradients(row, steps).slope() for row in np.diag(c.scales)])
 
     columns = lambda s, x, scales: (s.hessian(x) * scales).T.reshape(-1)
     where = lambda i: f"[{c.low.where(i % n)}, {c.low.where(i // n)}]"
-    return judged("hessian", columns, scales, reference, c, where)
+    return judged("hessian", columns, c.scales, reference, c, where)
 
 
 def _alike(c: Checked, how: str, seed: Vector) -> Row:
     """A transform of f against a loop over the same points."""
     batched = lambda s, x, seed: s.mapped(how, x, seed, loop=False)
     looped = lambda s, x, seed: s.mapped(how, x, seed, loop=True)
-    return agreed(how, batched, looped, seed, c, words="a loop gives", linear=how != "vmap")
+    values = how == "vmap"
+    least = FACTOR * np.tile(c.noise, len(POINTS)) if values else 0.0
+    return agreed(how, batched, looped, seed, c, words="a loop gives", linear=not values, least=least)
 
 
 def _compiled(u: Vector, c: Checked) -> Row:
     """Value and pullback, compiled and not."""
     compiled = lambda s, x, u: s.run(x, u, compiled=True)
     eager = lambda s, x, u: s.run(x, u, compiled=False)
-    return agreed("compiled", compiled, eager, u, c, words="uncompiled it is", linear=False)
+    least = np.concatenate([FACTOR * c.noise, np.zeros(c.low.n)])
+    return agreed("compiled", compiled, eager, u, c, words="uncompiled it is", linear=False, least=least)
 
 
 def natural_scales(x: Vector, sizes: list[int]) -> Vector:
-    """A natural change of each entry: its size, or that of its leaf where it is nearly or wholly zero.
+    """A natural change of each entry: its size, or that of its leaf where it is zero but for rounding.
 
     An infinite entry has no neighbours and is left where it is.
     """
     size = np.where(np.isfinite(x), np.abs(x), 0.0)
     parts = np.split(size, np.cumsum(sizes)[:-1])
     medians = np.repeat([np.median(p[p > 0]) if (p > 0).any() else 1.0 for p in parts], sizes)
-    return np.isfinite(x) * np.where(x == 0, medians, np.maximum(size, 1e-3 * medians))
+    return np.isfinite(x) * np.where(size > 1e-15 * medians, size, medians)
 
 
 def entry_name(tree: Any, i: int) -> str:

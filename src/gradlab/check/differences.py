@@ -77,6 +77,7 @@ class Ladder:
         centre, plus, minus: the values, shapes (m,), (k, m), (k, m).
         sides: eight neighbouring values on either side, shape (2, 8, m), from which noise is measured.
         least: noise that is known to be there, shape (m,).
+        natural: the magnitude below whose rounding g is nothing but rounding, shape (m,).
     """
 
     steps: np.ndarray
@@ -85,6 +86,7 @@ class Ladder:
     minus: np.ndarray
     sides: np.ndarray
     least: np.ndarray | float = 0.0
+    natural: np.ndarray | float = 0.0
 
     def of(self, u: np.ndarray) -> Ladder:
         """The ladder of the scalar u·g, whose rounding is at least that of g's outputs."""
@@ -104,16 +106,22 @@ class Ladder:
         that of numbers of size one inside g.
         """
         with np.errstate(all="ignore"):
-            found = np.minimum(*[table_noise(side) for side in self.sides])
-            stuck = (self.sides == self.centre).all((0, 1)) & (self.size > np.abs(self.centre))
+            found = np.fmin(*[table_noise(side) for side in self.sides])
+            stuck = (self.sides == self.centre).all((0, 1)) & (self._moved > 0)
             inside = np.where(stuck, max(1.0, np.abs(self.centre).max(initial=0.0)), np.abs(self.centre))
+            inside = np.where(self.size == self.natural, self.natural, inside)
             return np.maximum.reduce([found, EPS * inside, self.least + 0 * found])
 
     @cached_property
     def size(self) -> np.ndarray:
         """The magnitude of g at x, or of its change over the ladder."""
+        size = np.maximum(np.abs(self.centre), self._moved)
+        return np.where(size < 100 * EPS * self.natural, self.natural, size)
+
+    @cached_property
+    def _moved(self) -> np.ndarray:
         moved = np.abs(np.concatenate([self.plus, self.minus]) - self.centre)
-        return np.maximum(np.abs(self.centre), np.where(np.isfinite(moved), moved, 0.0).max(axis=0))
+        return np.where(np.isfinite(moved), moved, 0.0).max(axis=0)
 
     def slope(self) -> Estimate:
         """d/dt g(x + t v) at t = 0."""
@@ -124,20 +132,31 @@ class Ladder:
             return Estimate(value, error + self._jump() / 2, self.steps, raw, step, self.noise, self.size)
 
     def curvature(self) -> Estimate:
-        """d²/dt² g(x + t v) at t = 0; nothing is said where the slope jumps."""
+        """d²/dt² g(x + t v) at t = 0; nothing is said where the slope jumps, little where this does."""
         h = self.steps[:, None]
         with np.errstate(all="ignore"):
             raw = (self.plus - 2 * self.centre + self.minus) / h**2
             value, error, step = _extrapolated(raw, 4 * self.noise / h**2, self.steps, EVEN)
-            kink = np.where(self._jump() > 0, np.inf, 0.0)
+            kink = np.where(self._jump() > 0, np.inf, self._bend() / 2)
         return Estimate(value, error + kink, self.steps, raw, step, self.noise, 100 * self.size)
 
     def _jump(self) -> np.ndarray:
-        """Jump of the slope at x, 0 where smooth: the limit of the asymmetry, h g'' + O(h³) if smooth."""
+        """Jump of the slope at x: the limit of the asymmetry, h g'' + O(h³) where smooth."""
         h = self.steps[:, None]
         asymmetry = (self.plus - 2 * self.centre + self.minus) / h
-        limit, error, _ = _extrapolated(asymmetry, 4 * self.noise / h, self.steps, ODD)
-        return np.where(np.abs(limit) > 10 * error, np.abs(limit), 0.0)
+        return _nonzero(asymmetry, 4 * self.noise / h, self.steps)
+
+    def _bend(self) -> np.ndarray:
+        """Jump of the second derivative at x: how much the two one-sided ones differ, O(h) where smooth."""
+        h = self.steps[:, None]
+        differences = 4 * np.diff((self.plus - self.minus) / (2 * h), axis=0) / np.diff(h, axis=0)
+        return _nonzero(differences, 8 * (self.noise / h**2)[1:], self.steps[1:])
+
+
+def _nonzero(raw: np.ndarray, rounding: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """The size of a limit that is 0 for a smooth function, where it clearly is not."""
+    limit, error, _ = _extrapolated(raw, rounding, steps, ODD)
+    return np.where(np.abs(limit) > 10 * error, np.abs(limit), 0.0)
 
 
 def ladder(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS) -> Ladder:
@@ -169,12 +188,14 @@ def curvature(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STE
 def table_noise(table: np.ndarray) -> np.ndarray:
     """Standard deviation of the rounding in values at equal spacing: what high differences leave."""
     levels, factor = [], 1.0
+    largest = np.abs(table).max(axis=0)
+    table = table / np.where(largest > 0, largest, 1.0)
     for k in range(1, 7):
         table = np.diff(table, axis=0)
         factor *= k / (2.0 * (2 * k - 1))
         if k >= 4:
             levels.append(np.sqrt(factor * np.mean(table**2, axis=0)))
-    return np.max(levels, axis=0)
+    return largest * np.max(levels, axis=0)
 
 
 def _extrapolated(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradlab.check.differences import SECOND_STEPS, STEPS, Estimate, table_noise
-from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, Row
+from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, UNSUPPORTED, Row
 
 Vector = np.ndarray
 
@@ -39,6 +39,7 @@ class Subject(Protocol):
     def at(self, x: Vector) -> Subject: ...
     def weigh(self, u: Vector) -> None: ...
     def value(self, x: Vector) -> Vector: ...
+    def plain(self, x: Vector) -> Vector: ...
     def mutated(self) -> str: ...
     def structure(self) -> str: ...
     def jvp(self, x: Vector, v: Vector) -> Vector: ...
@@ -46,6 +47,7 @@ class Subject(Protocol):
     def gradient(self, x: Vector) -> Vector: ...
     def pulls(self, x: Vector, u: Vector) -> tuple[Vector, Vector, bool]: ...
     def jvp_by_leaf(self, x: Vector, v: Vector) -> Vector: ...
+    def vjp_by_leaf(self, x: Vector, u: Vector) -> Vector: ...
     def vjp_by_output(self, x: Vector, u: Vector) -> Vector: ...
     def nested(self, x: Vector, v: Vector, how: str) -> Vector: ...
     def product(self, x: Vector, v: Vector) -> Vector: ...
@@ -113,14 +115,18 @@ def agreed(
     where: Callable[[int], str] = lambda i: "",
     words: str = "",
     linear: bool = True,
+    least: Vector | float = 0.0,
 ) -> Row:
-    """The verdict on two forms of the same numbers, `linear` in the seed, which differ by rounding alone."""
+    """The verdict on two forms of the same numbers, which differ by rounding alone.
+
+    They are `linear` in the seed or not; `least` is rounding that is known to be there.
+    """
     left, right = one(c.low, c.x, seed), other(c.low, c.x, seed)
     if left.shape != right.shape:
         return Row(claim, FAILED, message=f"shape {left.shape} where {right.shape} is right")
     finite = np.isfinite(left) | np.isfinite(right)
     size = np.abs(right[np.isfinite(right)]).max(initial=0.0)
-    allowed = np.full(right.shape, ULPS * c.low.eps * size + np.finfo(np.float64).tiny)
+    allowed = ULPS * c.low.eps * size + np.finfo(np.float64).tiny + np.broadcast_to(least, right.shape)
     error = np.where(finite, np.abs(left - right), 0.0)
     if not (error <= allowed).all():
         forms = ((other, right), (one, left))
@@ -139,13 +145,13 @@ def resolved(estimate: Estimate) -> np.ndarray:
     scale = np.maximum.reduce(
         [np.abs(estimate.value), FLOOR * estimate.size, 0 * estimate.size + SMALL * largest]
     )
-    return ~(FACTOR * estimate.uncertainty > RESOLUTION * scale)
+    known = np.isfinite(estimate.uncertainty)
+    return known & (FACTOR * estimate.uncertainty <= RESOLUTION * scale)
 
 
 def _distance(exact: Vector, value: Vector, allowed: Vector) -> Vector:
     """|exact - value|; none where nothing is known, as beside a pole."""
-    with np.errstate(all="ignore"):
-        error = np.abs(exact - value)
+    error = np.abs(exact - value)
     return np.where(np.isfinite(allowed), np.where(np.isnan(error), np.inf, error), 0.0)
 
 
@@ -155,8 +161,7 @@ def _rounding(s: Subject, exact: Vector) -> Vector:
     The frameworks' special functions are good to 1e-9 in float64, their float32 derivatives to 1e-4 where
     they saturate.
     """
-    with np.errstate(all="ignore"):
-        return np.nan_to_num(np.sqrt(s.eps) * np.abs(exact)) + np.finfo(np.float64).tiny
+    return np.nan_to_num(np.sqrt(s.eps) * np.abs(exact)) + np.finfo(np.float64).tiny
 
 
 def _spread(
@@ -168,19 +173,18 @@ def _spread(
     """
     changes = ((1, 1.0), (1, 1.0007), (2, 1.0), (2, 1.0011), (3, 0.9993), (4, 0.9989))
     near = lambda z, size: z * (1 + s.eps * size * c.rng.choice([-1.0, 1.0], size=z.size))
-    with np.errstate(all="ignore"):
-        scaled = [(near(c.x, size), near(seed, size), scale if linear else 1.0) for size, scale in changes]
-        moved = [derivative(s, x, scale * u) / scale for x, u, scale in scaled]
-        return FACTOR * np.nan_to_num(np.max([np.abs(m - here) for m in moved], axis=0))
+    scaled = [(near(c.x, size), near(seed, size), scale if linear else 1.0) for size, scale in changes]
+    moved = [derivative(s, x, scale * u) / scale for x, u, scale in scaled]
+    return FACTOR * np.nan_to_num(np.max([np.abs(m - here) for m in moved], axis=0))
 
 
 def _scatter(derivative: Derivative, c: Any, seed: Vector) -> Vector:
     """The noise of the low precision: how its distance from float64 scatters over neighbouring points."""
     signs = c.rng.choice([-1.0, 1.0], size=c.x.size)
     distance = lambda z: derivative(c.low, z, seed) - derivative(c.high, z, seed)
-    with np.errstate(all="ignore"):  # on the side that is not beyond an edge of the domain
-        sides = [[c.x * (1 + side * i * 2.0**-12 * signs) for i in range(1, 9)] for side in (-1, 1)]
-        noise = np.fmin(*[table_noise(np.stack([distance(z) for z in points])) for points in sides])
+    sides = [[c.x * (1 + side * i * 2.0**-12 * signs) for i in range(1, 9)] for side in (-1, 1)]
+    # the less of the two, as one may be beyond an edge of the domain
+    noise = np.fmin(*[table_noise(np.stack([distance(z) for z in points])) for points in sides])
     return FACTOR * np.nan_to_num(noise)
 
 
@@ -194,8 +198,7 @@ def _failed(
     note: str,
     words: str = "differences give",
 ) -> Row:
-    with np.errstate(all="ignore"):
-        excess = np.where(np.isfinite(error), error / allowed, np.inf)
+    excess = np.where(np.isfinite(error), error / allowed, np.inf)
     i = int(np.argmax(excess))
     message = f"{actual[i]:.6g} where {words} {right[i]:.6g}, off by {error[i]:.1e}{note}"
     others = int((excess > 1).sum()) - 1
@@ -211,5 +214,5 @@ def told(row: Row, where: str) -> Row:
 
 def worst(found: list[Row]) -> Row:
     """The row that says most: a failure, then doubt, then the largest error."""
-    rank = {FAILED: 2, INCONCLUSIVE: 1, PASSED: 0}
+    rank = {FAILED: 3, INCONCLUSIVE: 2, PASSED: 1, UNSUPPORTED: 0}
     return max(found, key=lambda row: (rank[row.status], row.ratio or 0.0))
