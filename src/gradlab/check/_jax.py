@@ -100,6 +100,7 @@ class Subject:
         self.n, self.sizes, self.scalar = self.tree.size, self.tree.sizes, self.output.shapes == [()]
         self.parts = len(self.sizes) + len(self.output.sizes)
         self.eps = max(float(jnp.finfo(dtype).eps) for dtype in _precisions(self.function, self.tree.leaves))
+        self.largest = float(jnp.finfo(self.tree.dtype).max)
         self.x = self._numpy(self.tree.ravel(self.tree.leaves))
         self.dtype = str(self.tree.dtype)
         self.compilations: dict[Any, Callable[..., Any]] = {}

@@ -130,6 +130,7 @@ class Subject:
         self.eps = max(
             torch.finfo(dtype).eps for dtype in [leaf.dtype for leaf in self.tree.leaves] + inside.found
         )
+        self.largest = float(torch.finfo(self.tree.dtype).max)
         self.x = self._numpy(self.tree.ravel(self.tree.leaves))
         self.dtype = str(self.tree.dtype).removeprefix("torch.")
         self.compilations: dict[str, Callable[..., Any]] = {}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gradlab.check.differences import STEPS, Estimate, Ladder, joined, ladder
-from gradlab.check.judge import FACTOR, Subject, Vector, agreed, judged, told, worst
+from gradlab.check.judge import FACTOR, RESOLUTION, Subject, Vector, agreed, judged, told, worst
 from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, UNSUPPORTED, Row
 
 GROUPS = 6  # directions of one leaf alone; more leaves are put together in so many
@@ -36,19 +36,36 @@ class Checked:
         self.scales = natural_scales(subject.x, subject.sizes)
         self.directions = [self._signs(subject.n) * self.scales for _ in range(directions)]
         groups = _groups(self.scales, subject.sizes)
+        self._ladders: dict[tuple[str, int, int], Ladder] = {}
         if groups.any():
-            self.directions += [
-                self._signs(subject.n) * self.scales * (groups == g) for g in range(groups.max() + 1)
-            ]
-        self._ladders: dict[tuple[str, int, bool], Ladder] = {}
+            alone = (self._signs(subject.n) * self.scales * (groups == g) for g in range(groups.max() + 1))
+            self.directions += [self._grown(v) for v in alone]
 
     def _signs(self, n: int) -> Vector:
         """Random signs and sizes, none near zero: a single wrong entry always counts."""
         return self.rng.choice([-1.0, 1.0], size=n) * self.rng.uniform(0.5, 1.5, size=n)
 
+    def _grown(self, v: Vector) -> Vector:
+        """v, or a multiple of it along which f changes enough to be seen, beside larger things that f is made of."""
+
+        def unresolved(v: Vector) -> float:
+            slope = ladder(self.high.value, self.x, v).slope()
+            part = 10 * slope.uncertainty / np.abs(slope.value)
+            return float(np.mean(np.fmin(part, 1.0))) if part.size else 0.0
+
+        found, tried = unresolved(v), v
+        for _ in range(2):
+            if found < RESOLUTION:
+                break
+            tried = 1e3 * tried
+            other = unresolved(tried)
+            if other < found / 2:
+                found, v = other, tried
+        return v
+
     def ladder(self, what: str, k: int, steps: np.ndarray) -> Ladder:
         """Values or gradients along direction k, evaluated when first asked for."""
-        key = (what, k, steps is STEPS)
+        key = (what, k, id(steps))
         if key not in self._ladders:
             along = self.gradients if what == "gradient" else partial(ladder, self.high.value, self.x)
             self._ladders[key] = along(self.directions[k], steps)
@@ -64,10 +81,20 @@ class Checked:
         """Of u·f at x."""
         return float(np.abs(self.high.weights) @ np.abs(self.high.value(self.x)))
 
-    @property
+    @cached_property
     def noise(self) -> Vector:
         """Of f in its own precision."""
         return self.ladder("value", 0, STEPS).noise * (self.low.eps / self.high.eps)
+
+    @property
+    def weighted_noise(self) -> float:
+        """Of u·f."""
+        return float(np.linalg.norm(self.noise * self.high.weights))
+
+    @property
+    def slope_noise(self) -> Vector:
+        """What that is in a slope of u·f, entry by entry: over a natural change of x."""
+        return self.weighted_noise / np.where(self.scales > 0, self.scales, 1.0)
 
     def cotangent(self) -> Vector:
         """A random u in which each output counts by its slope, so that a small one is not hidden."""
@@ -79,7 +106,8 @@ class Checked:
         slope = np.nan_to_num(np.abs(estimate.value))
         size = np.maximum(slope, 1e-4 * np.abs(first.centre))
         known = slope > 10 * estimate.uncertainty  # rounding must not be blown up to count
-        size = np.where(known, np.maximum(size, 1e-8 * size.max(initial=0.0)), size.max(initial=0.0))
+        largest = size.max(initial=0.0)
+        size = np.where(known, np.maximum(size, max(1e-8, self.low.eps) * largest), largest)
         return plain / np.where(size > 0, size, 1.0)
 
     def everywhere(self, verdict: Callable[[int, Vector], Row]) -> Row:
@@ -207,7 +235,7 @@ def _structure(c: Checked) -> Row:
 def _jvp(c: Checked) -> Row:
     def verdict(k: int, v: Vector) -> Row:
         reference = lambda steps: c.ladder("value", k, steps).slope()
-        return judged("jvp", lambda s, x, v: s.jvp(x, v), v, reference, c, c.low.where_output)
+        return judged("jvp", lambda s, x, v: s.jvp(x, v), v, reference, c, c.noise, c.low.where_output)
 
     return c.everywhere(verdict)
 
@@ -216,7 +244,8 @@ def _pulled(c: Checked, claim: str, u: Vector, pull: Callable[[Subject, Vector, 
     """(Jᵀu)·v against the slope of u·f along v; where it fails, bisection finds the entries."""
 
     def along(v: Vector, reference: Callable[[np.ndarray], Estimate]) -> Row:
-        return judged(claim, lambda s, x, u: np.atleast_1d(pull(s, x, u) @ v), u, reference, c)
+        noise = float(np.linalg.norm(c.noise * u))
+        return judged(claim, lambda s, x, u: np.atleast_1d(pull(s, x, u) @ v), u, reference, c, noise)
 
     row = c.everywhere(lambda k, v: along(v, lambda steps: c.ladder("value", k, steps).of(u).slope()))
     if row.status != FAILED:
@@ -251,12 +280,16 @@ def _located(within: Callable[[Vector], Row], v: Vector) -> list[int]:
 
 
 def _linear(u: Vector, c: Checked) -> Row:
-    """Jᵀ(2u + w) = 2 Jᵀu + Jᵀw, Jᵀ(-u) = -Jᵀu, and Jᵀ0 = 0."""
+    """Jᵀ(a u + b w) = a Jᵀu + b Jᵀw, Jᵀ(-u) = -Jᵀu, Jᵀ(a u) = a Jᵀu for a large and a small a, and Jᵀ0 = 0."""
     w = u * c._signs(u.size)
     pull = lambda s, x, u: s.vjp(x, u)
+    scaled = lambda a: (lambda s, x, u: pull(s, x, a * u), lambda s, x, u: a * pull(s, x, u))
     parts = [
-        (lambda s, x, u: pull(s, x, 2 * u + w), lambda s, x, u: 2 * pull(s, x, u) + pull(s, x, w)),
-        (lambda s, x, u: pull(s, x, -u), lambda s, x, u: -pull(s, x, u)),
+        (
+            lambda s, x, u: pull(s, x, 0.37 * u + 1.91 * w),
+            lambda s, x, u: 0.37 * pull(s, x, u) + 1.91 * pull(s, x, w),
+        ),
+        *map(scaled, (-1.0, 300.0, 0.003)),
         (lambda s, x, u: pull(s, x, 0 * u), lambda s, x, u: np.zeros_like(x)),
     ]
     words = "a linear pullback gives"
@@ -285,16 +318,12 @@ def _transposed(u: Vector, c: Checked) -> Row:
 
 def _parts(u: Vector, forward: bool, reverse: bool, c: Checked) -> Row:
     """Each leaf of x, and each of f's outputs, differentiated with the others left out: they add up."""
-    v, inside, outside = c.directions[0], c.low.where, c.low.where_output
-    vjp, jvp = lambda s, x, u: s.vjp(x, u), lambda s, x, v: s.jvp(x, v)
-    parts: list[tuple[Any, ...]] = [
-        (lambda s, x, u: s.vjp_by_output(x, u), vjp, u, c, inside),
-        (lambda s, x, u: s.vjp_by_leaf(x, u), vjp, u, c, inside),
-    ] * reverse + [(lambda s, x, v: s.jvp_by_leaf(x, v), jvp, v, c, outside)] * forward
-    claim = "each part alone"
-    found = [
-        _supported(claim, lambda c: agreed(claim, *part, words="together they give"), c) for part in parts
-    ]
+    claim, words = "each part alone", "together they give"
+    pulled = (lambda s, x, u: s.vjp(x, u), u, c, c.low.where, words)
+    pushed = (lambda s, x, v: s.jvp(x, v), c.directions[0], c, c.low.where_output, words)
+    parts = [(lambda s, x, u: s.vjp_by_output(x, u), *pulled), (lambda s, x, u: s.vjp_by_leaf(x, u), *pulled)]
+    parts = parts * reverse + [(lambda s, x, v: s.jvp_by_leaf(x, v), *pushed)] * forward
+    found = [_supported(claim, lambda c: agreed(claim, *part), c) for part in parts]
     return worst([row for row in found if row.status != UNSUPPORTED] or found)
 
 
@@ -303,7 +332,7 @@ def _second(c: Checked, claim: str, derivative: Callable[[Subject, Vector, Vecto
 
     def verdict(k: int, v: Vector) -> Row:
         reference = lambda steps: c.ladder("gradient", k, steps).slope()
-        return judged(claim, derivative, v, reference, c, c.low.where)
+        return judged(claim, derivative, v, reference, c, c.slope_noise, c.low.where)
 
     along = lambda s, x, v: np.atleast_1d(derivative(s, x, v) @ c.directions[0])
     independent = _by_values(c, claim, along)
@@ -316,7 +345,7 @@ def _by_values(c: Checked, claim: str, derivative: Callable[[Subject, Vector, Ve
     """v·H v against second differences of u·f, which no derivative of the framework's stands behind."""
     reference = lambda steps: c.ladder("value", 0, steps).of(c.high.weights).curvature()
     place = lambda i: "along a random direction, against second differences of the value"
-    return judged(claim, derivative, c.directions[0], reference, c, place)
+    return judged(claim, derivative, c.directions[0], reference, c, c.weighted_noise, place)
 
 
 def _nested(how: str, c: Checked) -> Row:
@@ -347,7 +376,9 @@ def _nest(how: str, c: Checked) -> Row:
             gradients = c.ladder("gradient", k, steps)
             return (gradients.of(v) if scalar else gradients).curvature()
 
-        return judged(how, derivative, v, reference, c, (lambda i: "") if scalar else c.low.where)
+        if scalar:
+            return judged(how, derivative, v, reference, c, c.weighted_noise)
+        return judged(how, derivative, v, reference, c, c.slope_noise, c.low.where)
 
     return c.everywhere(verdict)
 
@@ -369,7 +400,7 @@ def _hessian(c: Checked) -> Row:
 
     columns = lambda s, x, scales: (s.hessian(x) * scales).T.reshape(-1)
     where = lambda i: f"[{c.low.where(i % n)}, {c.low.where(i // n)}]"
-    return judged("hessian", columns, c.scales, reference, c, where)
+    return judged("hessian", columns, c.scales, reference, c, np.tile(c.slope_noise, n), where)
 
 
 def _alike(c: Checked, how: str, seed: Vector) -> Row:

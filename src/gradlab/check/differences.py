@@ -20,7 +20,7 @@ Function = Callable[[np.ndarray], np.ndarray]
 STEPS = 0.25 * 2.0 ** -np.arange(14)  # in units of the direction
 SECOND_STEPS = 0.3 * 1.7 ** -np.arange(44)  # another grid, and finer: what the first leaves in doubt
 EVEN, ODD = (2, 4, 6, 8, 10, 12), (1, 3, 5, 7)  # error terms of central differences, and of their asymmetry
-NOISE_SPACING = 2.0**-22
+SPACING, FINE_SPACING = 2.0**-22, 2.0**-36  # of the neighbours from which noise is measured, on either grid
 EPS = float(np.finfo(np.float64).eps)
 
 
@@ -48,11 +48,15 @@ class Estimate:
     size: np.ndarray
 
     def confirmed(self, other: Estimate) -> Estimate:
-        """The better of two, per output; where they contradict one another, no better than their distance."""
-        better = self.uncertainty <= other.uncertainty
+        """The better of two, per output; where they contradict one another, no better than their distance.
+
+        Where the other stands on steps finer than all of these, which saw nothing of it, it decides alone.
+        """
+        finer = (other.step < self.steps[-1]) & np.isfinite(other.uncertainty)
+        better = (self.uncertainty <= other.uncertainty) & ~finer
         distance = np.abs(self.value - other.value)
-        agree = distance <= 10 * (self.uncertainty + other.uncertainty)
-        least = np.minimum(self.uncertainty, other.uncertainty)
+        agree = finer | (distance <= 10 * (self.uncertainty + other.uncertainty))
+        least = np.where(better, self.uncertainty, other.uncertainty)
         return replace(
             self,
             value=np.where(better, self.value, other.value),
@@ -125,21 +129,27 @@ class Ladder:
 
     def slope(self) -> Estimate:
         """d/dt g(x + t v) at t = 0."""
+        return self._slope
+
+    @cached_property
+    def _slope(self) -> Estimate:
         h = self.steps[:, None]
         with np.errstate(all="ignore"):
             raw = (self.plus - self.minus) / (2 * h)
             value, error, step = _extrapolated(raw, self.noise / h, self.steps, EVEN)
-            return Estimate(value, error + self._jump() / 2, self.steps, raw, step, self.noise, self.size)
+            return Estimate(value, error + self._jump / 2, self.steps, raw, step, self.noise, self.size)
 
     def curvature(self) -> Estimate:
-        """d²/dt² g(x + t v) at t = 0; nothing is said where the slope jumps, little where this does."""
+        """d²/dt² g(x + t v) at t = 0; nothing is said where the slope is unknown or jumps, little where this does."""
         h = self.steps[:, None]
         with np.errstate(all="ignore"):
             raw = (self.plus - 2 * self.centre + self.minus) / h**2
             value, error, step = _extrapolated(raw, 4 * self.noise / h**2, self.steps, EVEN)
-            kink = np.where(self._jump() > 0, np.inf, self._bend() / 2)
-        return Estimate(value, error + kink, self.steps, raw, step, self.noise, 100 * self.size)
+            smooth = (self._jump == 0) & (self._slope.uncertainty <= 1e-3 * self.size)
+            error += np.where(smooth, self._bend() / 2, np.inf)
+        return Estimate(value, error, self.steps, raw, step, self.noise, 100 * self.size)
 
+    @cached_property
     def _jump(self) -> np.ndarray:
         """Jump of the slope at x: the limit of the asymmetry, h g'' + O(h³) where smooth."""
         h = self.steps[:, None]
@@ -169,10 +179,18 @@ def ladder(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS)
         Ridders, Advances in Engineering Software 4 (1982), doi:10.1016/S0141-1195(82)80057-0; noise as in
         Moré and Wild, SIAM J. Sci. Comput. 33 (2011), doi:10.1137/100786125.
     """
+    centre, spacing = g(x), SPACING if steps[-1] > SPACING else FINE_SPACING
+
+    def near(h: float) -> np.ndarray:
+        try:
+            return g(x + h * v)
+        except Exception:  # beyond the edge of g's domain
+            return np.full_like(centre, np.nan)
+
     with np.errstate(all="ignore"):
-        sides = [[g(x + side * i * NOISE_SPACING * v) for i in range(1, 9)] for side in (-1, 1)]
-        plus, minus = ([g(x + side * h * v) for h in steps] for side in (1, -1))
-        return Ladder(steps, g(x), np.stack(plus), np.stack(minus), np.array(sides))
+        sides = [[near(side * i * spacing) for i in range(1, 9)] for side in (-1, 1)]
+        plus, minus = ([near(side * h) for h in steps] for side in (1, -1))
+        return Ladder(steps, centre, np.stack(plus), np.stack(minus), np.array(sides))
 
 
 def directional(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS) -> Estimate:

@@ -11,6 +11,9 @@ from gradlab._errors import GradlabError
 PASSED, FAILED, UNSUPPORTED, INCONCLUSIVE = "passed", "failed", "unsupported", "inconclusive"
 
 
+WITHOUT_DERIVATIVE = ("value", "structure", "vmap", "compiled")  # claims that prove none
+
+
 class CheckError(GradlabError, AssertionError):
     """A claim about a derivative does not hold, or could not be decided."""
 
@@ -61,7 +64,7 @@ class Report:
     def passed(self) -> bool:
         """True when no claim failed or is inconclusive, and a first derivative was really checked."""
         statuses = {row.status for row in self.rows}
-        checked = any(row.status == PASSED for row in self.rows if row.claim != "value")
+        checked = any(row.status == PASSED for row in self.rows if row.claim not in WITHOUT_DERIVATIVE)
         return checked and not statuses & {FAILED, INCONCLUSIVE}
 
     @property
