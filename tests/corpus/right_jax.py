@@ -65,7 +65,7 @@ def a_point_far_from_zero():
 
 @right()
 def a_large_offset_that_cancels():
-    return lambda x: ((x + 1e6) ** 2 - 1e12 - 2e6 * x).sum(), even(3)
+    return lambda x: ((x + 1e5) ** 2 - 1e10 - 2e5 * x).sum(), even(3)
 
 
 @right()
@@ -397,8 +397,8 @@ def a_scalar_point():
 
 
 @right()
-def python_floats():
-    return lambda p: p["a"] ** 2 * jnp.sin(p["b"]), {"a": 0.3, "b": 1.1}
+def a_python_float_beside_an_array():
+    return lambda p: p["a"] ** 2 * jnp.sin(p["b"]), {"a": array(0.3, 0.9), "b": 1.1}
 
 
 @right()
@@ -483,11 +483,6 @@ def a_log_likelihood_of_a_gaussian_process():
 
 
 @right()
-def a_matrix_exponential():
-    return linalg.expm, normal(3, 3), FIRST_ORDER
-
-
-@right()
 def a_pseudoinverse():
     return jnp.linalg.pinv, normal(4, 3), FIRST_ORDER
 
@@ -568,7 +563,7 @@ def a_stiff_oscillator_by_backward_euler():
         newton = lambda z, _: (z - jnp.linalg.solve(jax.jacfwd(residual)(z), residual(z)), None)
         return lax.scan(newton, y, length=8)[0], None
 
-    return lambda y: lax.scan(step, y, length=10)[0].sum(), array(2.0, -0.1)
+    return lambda y: lax.scan(step, y, length=10)[0].sum(), array(2.0, -0.1), FIRST_ORDER
 
 
 @right()
@@ -776,7 +771,7 @@ def inverse_error_function_near_one():
 
 @right()
 def normal_quantiles():
-    return lambda p: special.ndtri(p).sum(), array(1e-8, 0.3, 0.999)
+    return lambda p: special.ndtri(p).sum(), array(1e-8, 0.3, 0.999), FIRST_ORDER
 
 
 @right()
@@ -786,12 +781,12 @@ def a_far_tail_of_the_normal_law():
 
 @right()
 def exponential_integrals():
-    return lambda x: special.expi(x) + special.exp1(x), array(0.2, 1.0, 4.0)
+    return lambda x: special.expi(x) + special.exp1(x), array(0.2, 1.0, 4.0), FIRST_ORDER
 
 
 @right()
 def polygamma_and_zeta():
-    return lambda x: special.polygamma(1, x) + special.zeta(x + 1.5, 2.0), array(0.8, 2.0, 5.0)
+    return lambda x: special.polygamma(1, x) + special.zeta(x + 1.5, 2.0), array(0.8, 2.0, 5.0), FIRST_ORDER
 
 
 @right()
@@ -938,17 +933,9 @@ def a_module_of_equinox():
 
 @right()
 def a_deep_network_in_float32():
-    layers = [
-        (normal(16, 16, seed=i, dtype="float32") / 4, normal(16, seed=i + 50, dtype="float32"))
-        for i in range(12)
-    ]
-
-    def f(x):
-        for W, b in layers:
-            x = jnp.tanh(W @ x + 0.1 * b)
-        return x
-
-    return f, normal(16, seed=99, dtype="float32")
+    layers = normal(30, 16, 16, dtype="float32") / 4, normal(30, 16, seed=1, dtype="float32")
+    layer = lambda x, Wb: (jnp.tanh(Wb[0] @ x + 0.1 * Wb[1]), None)
+    return lambda x: lax.scan(layer, x, layers)[0], normal(16, seed=2, dtype="float32")
 
 
 @right()
@@ -1052,13 +1039,6 @@ def a_partial_function():
         return jnp.exp(-scale * x**2).sum()
 
     return partial(f, 0.3), normal(4)
-
-
-@right()
-def a_loss_of_connectionist_labels():
-    labels = np.array([[1, 2]])
-    loss = lambda z: optax.ctc_loss(z, np.zeros((1, 5)), labels, np.zeros((1, 2))).sum()
-    return loss, normal(1, 5, 4), FIRST_ORDER
 
 
 @right()
