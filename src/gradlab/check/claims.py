@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gradlab.check.differences import STEPS, Estimate, Ladder, joined, ladder
-from gradlab.check.judge import FACTOR, RESOLUTION, Subject, Vector, agreed, judged, told, worst
+from gradlab.check.judge import FACTOR, RESOLUTION, Derivative, Subject, Vector, agreed, judged, told, worst
 from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, UNSUPPORTED, Row
 
 GROUPS = 6  # directions of one leaf alone; more leaves are put together in so many
@@ -30,6 +30,7 @@ SEEDS = np.array([1.0, -1.5, 0.75])  # and of a direction or cotangent, at one x
 class Checked:
     """A subject, its float64 shadow, the directions, and the values along them that all claims share."""
 
+    @np.errstate(all="ignore")
     def __init__(self, subject: Subject, shadow: Subject | None, seed: int, directions: int):
         self.low, self.high = subject, shadow if shadow and _same_function(subject, shadow) else subject
         self.x, self.rng = subject.x, np.random.default_rng(seed)
@@ -292,8 +293,13 @@ def _linear(u: Vector, c: Checked) -> Row:
         *map(scaled, (-1.0, 300.0, 0.003)),
         (lambda s, x, u: pull(s, x, 0 * u), lambda s, x, u: np.zeros_like(x)),
     ]
-    words = "a linear pullback gives"
-    return worst([agreed("vjp linear", one, other, u, c, c.low.where, words) for one, other in parts])
+
+    def verdict(one: Derivative, other: Derivative) -> Row:
+        digits = np.sqrt(c.low.eps) * np.abs(other(c.low, c.x, u))  # of algorithms that depend on u's size
+        words = "a linear pullback gives"
+        return agreed("vjp linear", one, other, u, c, c.low.where, words, least=digits)
+
+    return worst([verdict(*part) for part in parts])
 
 
 def _repeatable(u: Vector, c: Checked) -> Row:

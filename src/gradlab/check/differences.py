@@ -145,7 +145,8 @@ class Ladder:
         with np.errstate(all="ignore"):
             raw = (self.plus - 2 * self.centre + self.minus) / h**2
             value, error, step = _extrapolated(raw, 4 * self.noise / h**2, self.steps, EVEN)
-            smooth = (self._jump == 0) & (self._slope.uncertainty <= 1e-3 * self.size)
+            known = self._slope.uncertainty <= 1e-3 * np.maximum(np.abs(self._slope.value), self.size)
+            smooth = (self._jump == 0) & known
             error += np.where(smooth, self._bend() / 2, np.inf)
         return Estimate(value, error, self.steps, raw, step, self.noise, 100 * self.size)
 
