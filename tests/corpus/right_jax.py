@@ -776,7 +776,8 @@ def normal_quantiles():
 
 @right()
 def a_far_tail_of_the_normal_law():
-    return lambda x: special.log_ndtr(x).sum(), array(-30.0, -5.0, 2.0, 6.0)
+    """To first order: jax's series is short, and its second derivative at -30 off by 1.4e-7."""
+    return lambda x: special.log_ndtr(x).sum(), array(-30.0, -5.0, 2.0, 6.0), FIRST_ORDER
 
 
 @right()
