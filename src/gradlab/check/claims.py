@@ -13,8 +13,9 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from scipy.linalg import norm
 
-from gradlab.check.differences import STEPS, Estimate, Ladder, joined, ladder
+from gradlab.check.differences import EPS, STEPS, Estimate, Ladder, joined, ladder
 from gradlab.check.judge import FACTOR, RESOLUTION, Derivative, Subject, Vector, agreed, judged, told, worst
 from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, UNSUPPORTED, Row
 
@@ -50,7 +51,7 @@ class Checked:
         """v, or a multiple of it along which f changes enough to be seen, beside larger things that f is made of."""
 
         def unresolved(v: Vector) -> float:
-            slope = ladder(self.high.value, self.x, v).slope()
+            slope = self.values(v).slope()
             part = 10 * slope.uncertainty / np.abs(slope.value)
             return float(np.mean(np.fmin(part, 1.0))) if part.size else 0.0
 
@@ -68,13 +69,20 @@ class Checked:
         """Values or gradients along direction k, evaluated when first asked for."""
         key = (what, k, id(steps))
         if key not in self._ladders:
-            along = self.gradients if what == "gradient" else partial(ladder, self.high.value, self.x)
+            along = self.gradients if what == "gradient" else self.values
             self._ladders[key] = along(self.directions[k], steps)
         return self._ladders[key]
 
-    def gradients(self, v: Vector, steps: np.ndarray) -> Ladder:
+    def values(self, v: Vector, steps: np.ndarray = STEPS) -> Ladder:
+        """Of f along v, rounded at least as its coarsest operation is."""
+        found = ladder(self.high.value, self.x, v, steps)
+        return found if self.high.eps <= EPS else replace(found, least=self.high.eps * np.abs(found.centre))
+
+    def gradients(self, v: Vector, steps: np.ndarray = STEPS) -> Ladder:
         """Of u·f along v; what is below the rounding of u·f in a natural change of x is rounding."""
         found = ladder(self.high.gradient, self.x, v, steps)
+        if self.high.eps > EPS:
+            found = replace(found, least=self.high.eps * np.abs(found.centre))
         return replace(found, natural=self.magnitude / np.where(self.scales > 0, self.scales, 1.0))
 
     @cached_property
@@ -90,7 +98,7 @@ class Checked:
     @property
     def weighted_noise(self) -> float:
         """Of u·f."""
-        return float(np.linalg.norm(self.noise * self.high.weights))
+        return float(norm(self.noise * self.high.weights))
 
     @property
     def slope_noise(self) -> Vector:
@@ -110,6 +118,22 @@ class Checked:
         largest = size.max(initial=0.0)
         size = np.where(known, np.maximum(size, max(1e-8, self.low.eps) * largest), largest)
         return plain / np.where(size > 0, size, 1.0)
+
+    def additive(self, v: Vector, along: Callable[[Vector], Estimate]) -> Callable[[Estimate], Vector]:
+        """Where the slope along v is the sum of those along two parts of v, tried for four ways to part it."""
+
+        def holds(whole: Estimate) -> Vector:
+            linear = np.ones(whole.value.shape, bool)
+            for _ in range(4):
+                part = v * self.rng.uniform(-1.0, 1.0, size=v.size)
+                one, other = along(part), along(v - part)
+                size = np.maximum(np.abs(one.value), np.abs(other.value))
+                known = one.uncertainty + other.uncertainty + whole.uncertainty
+                gap = np.abs(one.value + other.value - whole.value)
+                linear &= gap <= FACTOR * known + RESOLUTION * size
+            return linear
+
+        return holds
 
     def everywhere(self, verdict: Callable[[int, Vector], Row]) -> Row:
         """The worst verdict over all directions."""
@@ -236,23 +260,26 @@ def _structure(c: Checked) -> Row:
 def _jvp(c: Checked) -> Row:
     def verdict(k: int, v: Vector) -> Row:
         reference = lambda steps: c.ladder("value", k, steps).slope()
-        return judged("jvp", lambda s, x, v: s.jvp(x, v), v, reference, c, c.noise, c.low.where_output)
+        additive = c.additive(v, lambda v: c.values(v).slope())
+        forward = lambda s, x, v: s.jvp(x, v)
+        return judged("jvp", forward, v, reference, c, c.noise, c.low.where_output, additive)
 
     return c.everywhere(verdict)
 
 
 def _pulled(c: Checked, claim: str, u: Vector, pull: Callable[[Subject, Vector, Vector], Vector]) -> Row:
     """(Jᵀu)·v against the slope of u·f along v; where it fails, bisection finds the entries."""
+    slope = lambda v, steps=STEPS: c.values(v, steps).of(u).slope()
 
     def along(v: Vector, reference: Callable[[np.ndarray], Estimate]) -> Row:
-        noise = float(np.linalg.norm(c.noise * u))
-        return judged(claim, lambda s, x, u: np.atleast_1d(pull(s, x, u) @ v), u, reference, c, noise)
+        noise, additive = float(norm(c.noise * u)), c.additive(v, slope)
+        onto = lambda s, x, u: np.atleast_1d(pull(s, x, u) @ v)
+        return judged(claim, onto, u, reference, c, noise, additive=additive)
 
     row = c.everywhere(lambda k, v: along(v, lambda steps: c.ladder("value", k, steps).of(u).slope()))
     if row.status != FAILED:
         return row
-    value = lambda x: np.atleast_1d(c.high.value(x) @ u)
-    within = lambda v: along(v, lambda steps: ladder(value, c.x, v, steps).slope())
+    within = lambda v: along(v, lambda steps: slope(v, steps))
     found = _located(within, c.directions[0])
     if not found:
         return row
@@ -291,11 +318,16 @@ def _linear(u: Vector, c: Checked) -> Row:
             lambda s, x, u: 0.37 * pull(s, x, u) + 1.91 * pull(s, x, w),
         ),
         *map(scaled, (-1.0, 300.0, 0.003)),
-        (lambda s, x, u: pull(s, x, 0 * u), lambda s, x, u: np.zeros_like(x)),
+        (
+            lambda s, x, u: np.where(np.isfinite(pull(s, x, u)), pull(s, x, 0 * u), 0),
+            lambda s, x, u: np.zeros_like(x),
+        ),
     ]
 
     def verdict(one: Derivative, other: Derivative) -> Row:
-        digits = np.sqrt(c.low.eps) * np.abs(other(c.low, c.x, u))  # of algorithms that depend on u's size
+        digits = np.nan_to_num(
+            np.sqrt(c.low.eps) * np.abs(other(c.low, c.x, u))
+        )  # of algorithms that depend on u's size
         words = "a linear pullback gives"
         return agreed("vjp linear", one, other, u, c, c.low.where, words, least=digits)
 
@@ -338,7 +370,8 @@ def _second(c: Checked, claim: str, derivative: Callable[[Subject, Vector, Vecto
 
     def verdict(k: int, v: Vector) -> Row:
         reference = lambda steps: c.ladder("gradient", k, steps).slope()
-        return judged(claim, derivative, v, reference, c, c.slope_noise, c.low.where)
+        additive = c.additive(v, lambda v: c.gradients(v).slope())
+        return judged(claim, derivative, v, reference, c, c.slope_noise, c.low.where, additive)
 
     along = lambda s, x, v: np.atleast_1d(derivative(s, x, v) @ c.directions[0])
     independent = _by_values(c, claim, along)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from scipy.linalg import norm  # which does not overflow on its way
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -63,6 +64,10 @@ class Estimate:
             uncertainty=np.where(agree, least, np.where(np.isnan(distance), np.inf, distance)),
         )
 
+    def loosened(self, more: np.ndarray) -> Estimate:
+        """The same, known less well."""
+        return replace(self, uncertainty=self.uncertainty + more)
+
 
 def joined(parts: list[Estimate]) -> Estimate:
     """Estimates of several functions on the same ladder, as of one with all their outputs."""
@@ -96,7 +101,7 @@ class Ladder:
         """The ladder of the scalar u·g, whose rounding is at least that of g's outputs."""
         one = lambda values: (values @ u)[..., None]
         with np.errstate(all="ignore"):
-            least = np.array([np.linalg.norm(self.noise * u)])
+            least = np.array([norm(self.noise * u)])
             return Ladder(
                 self.steps, one(self.centre), one(self.plus), one(self.minus), one(self.sides), least
             )
@@ -111,16 +116,32 @@ class Ladder:
         """
         with np.errstate(all="ignore"):
             found = np.fmin(*[table_noise(side) for side in self.sides])
-            stuck = (self.sides == self.centre).all((0, 1)) & (self._moved > 0)
-            inside = np.where(stuck, max(1.0, np.abs(self.centre).max(initial=0.0)), np.abs(self.centre))
-            inside = np.where(self.size == self.natural, self.natural, inside)
+            inside = np.where(self._stuck, self._largest, np.abs(self.centre))
+            inside = np.where(self.size == self._natural, self._natural, inside)
             return np.maximum.reduce([found, EPS * inside, self.least + 0 * found])
+
+    @property
+    def _stuck(self) -> np.ndarray:
+        return (self.sides == self.centre).all((0, 1)) & (self._moved > 0)
+
+    @property
+    def _largest(self) -> float:
+        return max(1.0, np.abs(self.centre).max(initial=0.0))
+
+    @property
+    def _natural(self) -> np.ndarray:
+        return np.maximum(self.natural, np.where(self._stuck, self._largest, 0.0))
+
+    @cached_property
+    def _rounding(self) -> np.ndarray:
+        """Of the values at each step, which may be larger than at the point."""
+        return np.maximum(self.noise, EPS * np.fmax(np.abs(self.plus), np.abs(self.minus)))
 
     @cached_property
     def size(self) -> np.ndarray:
         """The magnitude of g at x, or of its change over the ladder."""
         size = np.maximum(np.abs(self.centre), self._moved)
-        return np.where(size < 100 * EPS * self.natural, self.natural, size)
+        return np.where(size < 1000 * EPS * self._natural, self._natural, size)
 
     @cached_property
     def _moved(self) -> np.ndarray:
@@ -136,7 +157,7 @@ class Ladder:
         h = self.steps[:, None]
         with np.errstate(all="ignore"):
             raw = (self.plus - self.minus) / (2 * h)
-            value, error, step = _extrapolated(raw, self.noise / h, self.steps, EVEN)
+            value, error, step = _extrapolated(raw, self._rounding / h, self.steps, EVEN)
             return Estimate(value, error + self._jump / 2, self.steps, raw, step, self.noise, self.size)
 
     def curvature(self) -> Estimate:
@@ -144,7 +165,7 @@ class Ladder:
         h = self.steps[:, None]
         with np.errstate(all="ignore"):
             raw = (self.plus - 2 * self.centre + self.minus) / h**2
-            value, error, step = _extrapolated(raw, 4 * self.noise / h**2, self.steps, EVEN)
+            value, error, step = _extrapolated(raw, 4 * self._rounding / h**2, self.steps, EVEN)
             known = self._slope.uncertainty <= 1e-3 * np.maximum(np.abs(self._slope.value), self.size)
             smooth = (self._jump == 0) & known
             error += np.where(smooth, self._bend() / 2, np.inf)
@@ -155,13 +176,14 @@ class Ladder:
         """Jump of the slope at x: the limit of the asymmetry, h g'' + O(h³) where smooth."""
         h = self.steps[:, None]
         asymmetry = (self.plus - 2 * self.centre + self.minus) / h
-        return _nonzero(asymmetry, 4 * self.noise / h, self.steps)
+        found = _nonzero(asymmetry, 4 * self._rounding / h, self.steps)
+        return np.where(found > 1e-9 * self.size, found, 0.0)
 
     def _bend(self) -> np.ndarray:
         """Jump of the second derivative at x: how much the two one-sided ones differ, O(h) where smooth."""
         h = self.steps[:, None]
         differences = 4 * np.diff((self.plus - self.minus) / (2 * h), axis=0) / np.diff(h, axis=0)
-        return _nonzero(differences, 8 * (self.noise / h**2)[1:], self.steps[1:])
+        return _nonzero(differences, 8 * (self._rounding / h**2)[1:], self.steps[1:])
 
 
 def _nonzero(raw: np.ndarray, rounding: np.ndarray, steps: np.ndarray) -> np.ndarray:
