@@ -84,8 +84,8 @@ def mean_square_of_a_hundred_thousand_float32():
 
 
 @right()
-def logsumexp_of_a_hundred_thousand():
-    return lambda x: torch.logsumexp(x, 0), 5 * normal(100_000), {"order": 1}
+def logsumexp_of_twenty_thousand():
+    return lambda x: torch.logsumexp(x, 0), 5 * normal(20_000), {"order": 1}
 
 
 @right()
@@ -677,9 +677,9 @@ def loop_until_small():
 def written_in_place():
     def f(x):
         y = x.clone()
-        for i in range(1, 5):
-            y[i] = y[i] * y[i - 1].sin() + y[i]
-        return y.cumsum(0).mul_(2.0)
+        y[1:] *= torch.sin(x[:-1])
+        y[::2] = x[::2] ** 2 + y[0]
+        return y.cumsum(0).mul_(2.0).add_(x)
 
     return f, normal(5)
 
@@ -934,7 +934,7 @@ def hook_that_only_looks():
     def f(x):
         y = x**2
         if y.requires_grad:
-            y.register_hook(lambda g: seen.append(g.shape))
+            y.register_hook(seen.append)
         return y.exp().sum()
 
     return f, normal(4), {"order": 1}
@@ -1043,7 +1043,7 @@ def contrastive_loss():
 
 @right()
 def pairwise_distances():
-    return lambda x: torch.log1p(torch.cdist(x, x + 1) ** 2).sum(), normal(6, 3), {"order": 1}
+    return lambda x: torch.log1p(torch.cdist(x, x + 1) ** 2).sum(), normal(6, 3), {"order": 1, "vmap": False}
 
 
 @right()

@@ -1102,6 +1102,12 @@ def slope_mapped_by_its_first_example():
     return lambda x: f(x).sum(), normal(5), {"order": 1}
 
 
+@wrong("vmap of vjp", innocent=FIRST)
+def distances_under_jacrev():
+    """torch mixes up the cotangents of a batch that share one point: torch.func.jacrev of cdist is wrong."""
+    return lambda x: torch.cdist(x, x + 1).square().sum(), normal(6, 3), {"order": 1}
+
+
 @wrong("compiled", innocent=FIRST)
 def fast_path_when_compiled():
     def f(x):
