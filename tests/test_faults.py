@@ -281,3 +281,24 @@ def test_operations_without_a_right_forward_mode():
             gradlab.hvp(
                 lambda A: (torch.linalg.householder_product(A, tau) ** 3).sum(), A, A, strategy=strategy
             )
+
+
+def test_a_rule_that_refuses_a_second_derivative_is_not_taken_for_a_constant():
+    torch = pytest.importorskip("torch")
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, u):
+            return 3 * ctx.saved_tensors[0] ** 2 * u
+
+    f = lambda x: Cube.apply(x).sum()
+    x = torch.ones(2)
+    assert gradlab.jacobian(f, x).tolist() == [3, 3]
+    with pytest.raises(gradlab.StrategyError, match="Cube, whose backward is marked once_differentiable"):
+        gradlab.hvp(f, x, x)

@@ -66,6 +66,8 @@ class Widened(TorchFunctionMode):
             raise RuntimeError(f"{name} writes into a {args[0].dtype} tensor of f's own")
         if name in ("float", "half", "bfloat16"):
             func = torch.Tensor.double
+        if name in ("cfloat", "chalf"):
+            return args[0].to(torch.complex128)
         return func(*map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
 
 

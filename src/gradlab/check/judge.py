@@ -81,7 +81,8 @@ def judged(
     says where the slopes of an estimate are linear in their direction, as those beside a tie are not.
     """
     exact, estimate = derivative(c.high, c.x, seed), reference(STEPS)
-    spread = cache(lambda: _spread(derivative, c.high, c, seed))
+    own = noise * (c.high.eps / c.low.eps)
+    spread = cache(lambda: _spread(derivative, c.high, c, seed) + FACTOR * own)
     allowed = FACTOR * estimate.uncertainty + _rounding(c.high, exact)
     error = _distance(exact, estimate.value, allowed)
     if not (error <= allowed).all():

@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import _engine_run_backward
 from torch.compiler import set_stance
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +33,7 @@ from gradlab.transforms.repairs._torch import (
 )
 
 requires_grad = attrgetter("requires_grad")
+_ONCE = once_differentiable(lambda ctx: None).__code__
 
 
 def replayed(leaves: Leaves) -> Callable[[Callable[[], Any]], Any]:
@@ -142,6 +144,8 @@ def recorded(f: Function, leaves: Leaves, user: Any, gradient: bool, forward: bo
     if forward and repair and not repair.forward:
         raise NoForwardMode
     if gradient:
+        if once := _without_a_second(kinds):
+            raise StrategyError(f"f calls {once}, whose backward is marked once_differentiable")
         outputs = _backward(outputs, xs, None, create_graph=True)
     return Graph(xs, outputs, aux if attached else _detached(aux), attached, _careful(kinds))
 
@@ -154,6 +158,14 @@ def _detached(aux: Any) -> Any:
 def _careful(kinds: frozenset[type]) -> bool:
     """Whether one of these operations has a backward that is right only while it records."""
     return not FIRST_IN_GRAD_MODE.isdisjoint(kind.__name__ for kind in kinds)
+
+
+@lru_cache(maxsize=256)
+def _without_a_second(kinds: frozenset[type]) -> str:
+    """The user's own operations that refuse a second derivative, of which torch.autograd.grad makes zeros."""
+    rules = [kind._forward_cls for kind in kinds if hasattr(kind, "_forward_cls")]
+    marked = [rule for rule in rules if getattr(getattr(rule, "backward", None), "__code__", None) is _ONCE]
+    return ", ".join(sorted(rule.__name__ for rule in marked))
 
 
 @lru_cache(maxsize=256)
