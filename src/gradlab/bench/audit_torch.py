@@ -1,0 +1,182 @@
+"""torch's own operations for the audit: its OpInfo samples, its modules, and what neither holds.
+
+What f is of x is what torch's own gradient tests differentiate: the operation in its wrapper (a symmetric
+matrix for eigh, a triangular one for cholesky_inverse, a fixed seed for dropout), by the inputs that are
+marked as differentiable, to the outputs that are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gradlab.bench.audit import Operator
+
+SAMPLES = {torch.float64: 3, torch.complex128: 1}  # of each operation
+LARGEST = 300  # entries of x
+THIRD = 12  # up to so many entries third order is checked too
+SEED = 0
+
+
+def cases() -> Iterator[Operator]:
+    """Every operation that torch's own test data holds, then the others."""
+    yield from _opinfos()
+    yield from _modules()
+    yield from _others()
+
+
+def nodes(operator: Operator) -> set[str]:
+    """The names of the autograd nodes between f's outputs and x."""
+    x = pytree.tree_map(lambda t: t.detach().clone().requires_grad_(_inexact(t)), operator.x)
+    pending = [y.grad_fn for y in _tensors(operator.f(x)) if y.grad_fn is not None]
+    found: dict[Any, str] = {}
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found[node] = node.name()
+            pending += [parent for parent, _ in node.next_functions if parent is not None]
+    return {name for name in found.values() if "AccumulateGrad" not in name}
+
+
+def _opinfos() -> Iterator[Operator]:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    for op in op_db:
+        if not op.supports_autograd:
+            continue
+        for dtype, count in SAMPLES.items():
+            if dtype not in op.supported_backward_dtypes("cpu"):
+                continue
+            torch.manual_seed(SEED)
+            try:
+                samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
+            except Exception:  # samples that need a package or a device which is not there
+                continue
+            usable = [found for found in (_point(sample) for sample in samples) if found is not None]
+            for k in _spread(len(usable), count):
+                f, x, entries = _function(op, *usable[k])
+                variant = " ".join(filter(None, (op.variant_test_name, str(dtype)[6:], f"sample {k}")))
+                yield Operator(_path(op.name), variant, f, x, order=3 if entries <= THIRD else 2)
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """`count` of n numbers, from first to last."""
+    return sorted({round(i * (n - 1) / max(count - 1, 1)) for i in range(count)}) if n else []
+
+
+def _point(sample: Any) -> tuple[Any, Any, list[Any], list[int]] | None:
+    """A sample, its leaves and which of them are differentiated; None if these are none or too many."""
+    leaves, structure = pytree.tree_flatten((sample.input, list(sample.args), dict(sample.kwargs)))
+    active = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    entries = sum(leaves[i].numel() for i in active)
+    plain = all(leaves[i].layout == torch.strided and leaves[i].numel() for i in active)
+    return (sample, structure, leaves, active) if 0 < entries <= LARGEST and plain else None
+
+
+def _function(
+    op: Any, sample: Any, structure: Any, leaves: list[Any], active: list[int]
+) -> tuple[Callable[..., Any], Any, int]:
+    """The operation as a function of the sample's differentiable inputs alone."""
+    x = tuple(leaves[i].detach() for i in active)
+
+    def called(x: Any) -> list[Any]:
+        torch.manual_seed(SEED)
+        given = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        for i, leaf in zip(active, x, strict=True):
+            given[i] = leaf.clone()  # not a leaf, which must not be written to
+        first, args, kwargs = pytree.tree_unflatten(given, structure)
+        return _tensors(sample.output_process_fn_grad(op.gradcheck_wrapper(op.op, first, *args, **kwargs)))
+
+    return _differentiable(called, x), x, sum(leaf.numel() for leaf in x)
+
+
+def _differentiable(called: Callable[[Any], list[Any]], x: Any) -> Callable[[Any], Any]:
+    """`called` to those of its outputs that depend on x; itself where it raises, for the audit to say so."""
+    try:
+        which = [y.requires_grad for y in called(pytree.tree_map(lambda t: t.clone().requires_grad_(), x))]
+    except Exception:
+        return called
+    return lambda x: tuple(y for y, wanted in zip(called(x), which, strict=True) if wanted)
+
+
+def _modules() -> Iterator[Operator]:
+    from torch.testing._internal.common_modules import module_db
+
+    lazy = torch.nn.modules.lazy.LazyModuleMixin  # which is the module it makes
+    for info in (info for info in module_db if not issubclass(info.module_cls, lazy)):
+        for training in (True, False):
+            yield from _module(info, training)
+
+
+def _module(info: Any, training: bool) -> Iterator[Operator]:
+    make = partial(info.module_inputs_func, info, "cpu", torch.float64, True, training)
+    torch.manual_seed(SEED)
+    try:
+        inputs = list(make())
+    except Exception:  # as above
+        return
+    for k in _spread(len(inputs), 2):
+        try:
+            built, given = inputs[k].constructor_input, inputs[k].forward_input
+            module = info.module_cls(*built.args, **built.kwargs, dtype=torch.float64)
+        except Exception:  # modules without a dtype have no numbers of their own
+            try:
+                module = info.module_cls(*built.args, **built.kwargs)
+            except Exception:
+                continue
+        if given is None:
+            continue
+        module.train(training)
+        operator = _by_parameters(info, module, given, f"{'train' if training else 'eval'} sample {k}")
+        if operator is not None:
+            yield operator
+
+
+def _by_parameters(info: Any, module: Any, given: Any, variant: str) -> Operator | None:
+    """The module as a function of its parameters and of the inputs that are differentiated."""
+    leaves, structure = pytree.tree_flatten((given.args, given.kwargs))
+    active = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    x = {
+        "params": {name: p.detach() for name, p in module.named_parameters()},
+        "inputs": [leaves[i].detach() for i in active],
+    }
+    entries = sum(leaf.numel() for leaf in pytree.tree_leaves(x))
+    if not 0 < entries <= LARGEST:
+        return None
+    buffers = dict(module.named_buffers())
+
+    def called(x: Any) -> list[Any]:
+        torch.manual_seed(SEED)
+        inputs = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        for i, leaf in zip(active, x["inputs"], strict=True):
+            inputs[i] = leaf.clone()
+        args, kwargs = pytree.tree_unflatten(inputs, structure)
+        state = {**x["params"], **{name: b.detach().clone() for name, b in buffers.items()}}
+        return _tensors(torch.func.functional_call(module, state, args, kwargs))
+
+    name = f"{info.module_cls.__module__.rsplit('.modules', 1)[0]}.{info.module_cls.__name__}"
+    return Operator(name, variant, _differentiable(called, x), x)
+
+
+def _others() -> Iterator[Operator]:
+    yield from ()
+
+
+def _tensors(y: Any) -> list[Any]:
+    return [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, torch.Tensor) and _inexact(leaf)]
+
+
+def _inexact(leaf: Any) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()
+
+
+def _path(name: str) -> str:
+    """An OpInfo's name as its users write it: a function of torch, else a method of Tensor."""
+    found: Any = torch
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return f"torch.{name}" if found is not None else f"torch.Tensor.{name}"
