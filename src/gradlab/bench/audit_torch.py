@@ -18,15 +18,15 @@ from gradlab.bench.audit import Operator
 
 SAMPLES = {torch.float64: 3, torch.complex128: 1}  # of each operation
 LARGEST = 300  # entries of x
-THIRD = 12  # up to so many entries third order is checked too
+THIRD = 30  # up to so many entries third order is checked too
 SEED = 0
 
 
 def cases() -> Iterator[Operator]:
-    """Every operation that torch's own test data holds, then the others."""
+    """Every operation that torch's own test data holds, after those it lacks."""
+    yield from _others()
     yield from _opinfos()
     yield from _modules()
-    yield from _others()
 
 
 def nodes(operator: Operator) -> set[str]:
@@ -163,7 +163,104 @@ def _by_parameters(info: Any, module: Any, given: Any, variant: str) -> Operator
 
 
 def _others() -> Iterator[Operator]:
-    yield from ()
+    """What torch's test data lacks, each at a small random point and to third order."""
+    for name, variant, f, shapes in _OTHERS:
+        torch.manual_seed(SEED)
+        x = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+        yield Operator(f"torch.{name}", variant, lambda x, f=f: f(*x), x, order=3)
+
+
+def _pullback(f: Callable[..., Any], *x: Any) -> Callable[[Any], Any]:
+    """The pullback of f at x as a function of its cotangent, which vmap runs for many at once."""
+    return lambda u: torch.func.vjp(f, *x)[1](u)[0]
+
+
+class _Cubed(torch.autograd.Function):
+    """x³ with every rule that a Function can have, and its batching generated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Any) -> Any:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, u: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * u
+
+    @staticmethod
+    def jvp(ctx: Any, v: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * v
+
+
+def _parametrized(g: Any, v: Any, x: Any) -> Any:
+    """A linear layer with weight norm, as a function of its parameters."""
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2, bias=False, dtype=v.dtype))
+    names = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+    return torch.func.functional_call(layer, dict(zip(names, (g, v), strict=True)), (x,))
+
+
+def _while_loop(x: Any, a: Any) -> Any:
+    from torch._higher_order_ops.while_loop import while_loop
+
+    more = lambda i, x, a: i < 3
+    return while_loop(more, lambda i, x, a: (i + 1, torch.sin(a * x), a.clone()), (torch.tensor(0), x, a))[1]
+
+
+def _scan(x: Any, a: Any) -> Any:
+    from torch._higher_order_ops.scan import scan
+
+    return scan(lambda carry, y: ((z := torch.sin(a * carry + y)), z.clone()), x[0], x, dim=0)[1]
+
+
+def _cond(x: Any) -> Any:
+    return torch.cond(x.sum() > 100, lambda x: x.cos(), lambda x: x.sin() * x, (x,))
+
+
+_HEADS = torch.tensor([[0.3, -1.2, 0.4], [1.1, 0.2, -0.7]], dtype=torch.float64)
+_OTHERS: list[tuple[str, str, Callable[..., Any], list[tuple[int, ...]]]] = [
+    ("_weight_norm", "", lambda v, g: torch._weight_norm(v, g, 0), [(2, 3), (2, 1)]),
+    ("nn.utils.parametrizations.weight_norm", "", _parametrized, [(2, 1), (2, 3), (3,)]),
+    ("autograd.Function", "generate_vmap_rule", _Cubed.apply, [(3,)]),
+    ("cdist", "its pullback", _pullback(lambda x: torch.cdist(x, _HEADS), _HEADS + 1), [(2, 2)]),
+    ("corrcoef", "two observations", torch.corrcoef, [(3, 2)]),
+    ("logcumsumexp", "third order", lambda x: torch.logcumsumexp(x, 0), [(4,)]),
+    ("det", "third order", torch.det, [(3, 3)]),
+    ("logdet", "third order", lambda x: torch.logdet(x @ x.mT), [(3, 3)]),
+    ("linalg.slogdet", "third order", lambda x: torch.linalg.slogdet(x)[1], [(3, 3)]),
+    ("linalg.solve", "third order", torch.linalg.solve, [(3, 3), (3,)]),
+    ("linalg.inv", "third order", torch.linalg.inv, [(3, 3)]),
+    ("linalg.eigvalsh", "third order", lambda x: torch.linalg.eigvalsh(x + x.mT), [(3, 3)]),
+    ("linalg.svdvals", "third order", torch.linalg.svdvals, [(3, 2)]),
+    ("nn.functional.layer_norm", "third order", lambda x: torch.nn.functional.layer_norm(x, (3,)), [(2, 3)]),
+    (
+        "nn.functional.batch_norm",
+        "third order",
+        lambda x: torch.nn.functional.batch_norm(x, None, None, training=True),
+        [(4, 2)],
+    ),
+    ("nn.functional.instance_norm", "third order", torch.nn.functional.instance_norm, [(1, 2, 4)]),
+    ("nn.functional.group_norm", "third order", lambda x: torch.nn.functional.group_norm(x, 2), [(1, 4, 2)]),
+    ("nn.functional.rms_norm", "third order", lambda x: torch.nn.functional.rms_norm(x, (3,)), [(2, 3)]),
+    ("linalg.householder_product", "third order", torch.linalg.householder_product, [(3, 2), (2,)]),
+    ("roll", "no axes", lambda x: torch.roll(x, 1), [()]),
+    ("ops.higher_order.while_loop", "both carried", _while_loop, [(2,), (2,)]),
+    (
+        "ops.higher_order.while_loop",
+        "one carried without grad",
+        lambda a: _while_loop(torch.tensor([0.3, 0.9], dtype=torch.float64), a),
+        [(2,)],
+    ),
+    ("ops.higher_order.scan", "", _scan, [(3, 2), (2,)]),
+    ("cond", "", _cond, [(3,)]),
+]
 
 
 def _tensors(y: Any) -> list[Any]:
@@ -179,4 +276,6 @@ def _path(name: str) -> str:
     found: Any = torch
     for part in name.split("."):
         found = getattr(found, part, None)
+    if name.startswith("torch."):
+        return name
     return f"torch.{name}" if found is not None else f"torch.Tensor.{name}"
