@@ -8,14 +8,20 @@ marked as differentiable, to the outputs that are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from gradlab.bench.audit import Operator
+from gradlab.bench.faults_torch import EXPLAINED, FAULTS
 
+__all__ = ["ALIASES", "EXPLAINED", "cases", "nodes"]
+
+ALIASES = {name: fault.aliases for name, fault in FAULTS.items()}
 SAMPLES = {torch.float64: 2, torch.complex128: 1}  # of each operation
 LARGEST, LARGEST_MODULE = 130, 600  # entries of x
 THIRD = 9  # up to so many entries third order is checked too
@@ -25,9 +31,9 @@ COMPOSED = ("RNN", "GRU", "LSTM", "Attention", "Transformer")  # modules that ar
 
 def cases() -> Iterator[Operator]:
     """Every operation that torch's own test data holds, after those it lacks."""
-    yield from _others()
-    yield from _opinfos()
-    yield from _modules()
+    for operator in chain(_others(), _opinfos(), _modules()):
+        fault = FAULTS.get(operator.name)
+        yield replace(operator, code=fault.code) if fault else operator
 
 
 def nodes(operator: Operator) -> set[str]:
