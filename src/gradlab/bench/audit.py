@@ -84,25 +84,25 @@ def audited(framework: str, operator: Operator, seconds: float) -> dict[str, Any
         for row in report.rows
         if row.status != PASSED
     }
-    seconds = round(time.perf_counter() - began, 3)
-    return {**found, "seconds": seconds, "claims": len(report.rows), "rows": rows, "nodes": sorted(nodes)}
+    taken = round(time.perf_counter() - began, 3)
+    claims = [row.claim for row in report.rows]
+    return {**found, "seconds": taken, "claims": len(claims), "rows": rows, "nodes": sorted(nodes)}
 
 
 def work(framework: str, start: int, seconds: float) -> Iterator[dict[str, Any]]:
     """The worker: number of each case before it is tried, then what was found."""
     warnings.simplefilter("ignore")
-    cases = importlib.import_module(f"gradlab.bench.audit_{framework}").cases
-    for number, operator in enumerate(cases()):
-        if number >= start:
-            yield {"number": number, "name": operator.name}
-            yield audited(framework, operator, seconds)
+    operators = list(importlib.import_module(f"gradlab.bench.audit_{framework}").cases())
+    for number, operator in enumerate(operators[start:], start):
+        yield {"number": number, "of": len(operators), "name": operator.name}
+        yield audited(framework, operator, seconds)
 
 
-def run(framework: str, out: Path, seconds: float = 30.0, tell: Callable[[str], Any] = print) -> int:
-    """Audit one framework into the lines of `out`, going on after the last of them; the number of cases.
+def run(framework: str, out: Path, seconds: float, tell: Callable[[int, int, str], Any]) -> None:
+    """Audit one framework into the lines of `out`, going on after the last of them.
 
-    A case that ends its process (torch's linearize can) is written down as such, and the next process
-    goes on after it.
+    `tell` gets the number of each case, of how many, and its name, before it is tried. A case that ends its
+    process (torch's linearize can) is written down as such, and the next process goes on after it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     done = len(out.read_text().splitlines()) if out.exists() else 0
@@ -123,7 +123,7 @@ def run(framework: str, out: Path, seconds: float = 30.0, tell: Callable[[str], 
                 found = json.loads(line)
                 if "number" in found:
                     current = found
-                    tell(f"{found['number']} {found['name']}")
+                    tell(found["number"], found["of"], found["name"])
                 else:
                     current, done = None, done + 1
                     print(json.dumps(found), file=file, flush=True)
@@ -131,7 +131,7 @@ def run(framework: str, out: Path, seconds: float = 30.0, tell: Callable[[str], 
             if current is None:
                 if status:
                     raise RuntimeError(f"the audit of {framework} ended with status {status}")
-                return done
+                return
             crash = {"name": current["name"], "variant": "", "skipped": f"ended its process, status {status}"}
             print(json.dumps(crash), file=file, flush=True)
             done += 1

@@ -299,10 +299,13 @@ def _inexact(leaf: Any) -> bool:
 
 
 def _path(name: str) -> str:
-    """An OpInfo's name as its users write it: a function of torch, else a method of Tensor."""
-    found: Any = torch
-    for part in name.split("."):
-        found = getattr(found, part, None)
+    """An OpInfo's name as its users write it: a function of torch, a method of Tensor, or an operator."""
     if name.startswith("torch."):
-        return name
-    return f"torch.{name}" if found is not None else f"torch.Tensor.{name}"
+        return name.removesuffix(".default")
+    for owner in ("torch", "torch.Tensor", "torch.ops.aten"):
+        found: Any = torch
+        for part in f"{owner}.{name}".split(".")[1:]:
+            found = getattr(found, part, None)
+        if found is not None:
+            return f"{owner}.{name}"
+    return name

@@ -108,6 +108,9 @@ FAULTS: dict[str, Fault] = {
     "torch.linalg.householder_product": _along(
         f"torch.linalg.householder_product({_ROW}[:, None], t[None])[1, 0]", _FORWARD
     ),
+    "torch.cholesky_inverse": _along(
+        f"torch.cholesky_inverse({_MATRIX}.tril())[0, 0]", "forward", "torch.Tensor.cholesky_inverse"
+    ),
     "torch.linalg.eig": _along(
         f"torch.linalg.eig({_MATRIX})[1].abs()[0, 0]", "reverse over forward", "torch.Tensor.eig"
     ),
@@ -142,6 +145,9 @@ FAULTS: dict[str, Fault] = {
         " torch.tensor([0, 1]), options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=1))",
         "forward",
         "torch.nn.LinearCrossEntropyLoss",
+    ),
+    "torch.ops.aten._safe_softmax": _along(
+        "torch.ops.aten._safe_softmax(torch.stack([t, t**2]) - torch.inf, 0)[0]", "reverse over forward"
     ),
     "torch.as_strided_scatter": _shown(
         "x, s = torch.ones(3, dtype=torch.float64, requires_grad=True), torch.ones(1, dtype=torch.float64)",

@@ -23,9 +23,19 @@ SECOND = [f"{a} over {b}" for a in ("forward", "reverse") for b in ("forward", "
 
 
 def entries(
-    lines: list[Line], aliases: Mapping[str, tuple[str, ...]], explained: Mapping[str, str]
+    lines: list[Line],
+    codes: Mapping[str, str],
+    aliases: Mapping[str, tuple[str, ...]],
+    explained: Mapping[str, str],
 ) -> tuple[list[dict[str, Any]], list[Line]]:
-    """What is known to be wrong, or to have no second derivative; and the cases whose alarms nobody explained."""
+    """What is known to be wrong, or to have no second derivative; and the cases whose alarms nothing explains.
+
+    Args:
+        lines: an audit's.
+        codes: by operation, the reproduction of its fault, or "".
+        aliases: by operation, its other public names.
+        explained: by operation, why a failing row is no wrong derivative.
+    """
     same = {alias: name for name, others in aliases.items() for alias in others}
     groups: dict[str, list[Line]] = {}
     for line in lines:
@@ -34,7 +44,7 @@ def entries(
     listed, open_alarms = [], []
     for name, group in sorted(groups.items()):
         failing = [line for line in group if alarms(line)]
-        code = next((line["code"] for line in group if line.get("code")), "")
+        code = codes.get(name, "")
         if failing and name not in explained and not code:
             open_alarms += failing
         elif failing and name not in explained:
