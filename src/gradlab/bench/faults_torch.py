@@ -117,6 +117,10 @@ FAULTS: dict[str, Fault] = {
     "torch.linalg.eigvalsh": _along(
         f"torch.linalg.eigvalsh({_MATRIX} + {_MATRIX}.mT)[0]", "reverse over forward over reverse"
     ),
+    "torch.linalg.eigh": _along(
+        f"torch.linalg.eigh({_MATRIX} + {_MATRIX}.mT)[1].abs()[0, 0]", "reverse over forward"
+    ),
+    "torch.special.i1": _along("torch.special.i1(t)", "reverse over reverse over reverse", t=0.0),
     "torch.triangular_solve": _along(
         f"torch.triangular_solve({_ROW}[:2, None], {_MATRIX})[0][0, 0]",
         "forward over reverse",
@@ -126,7 +130,7 @@ FAULTS: dict[str, Fault] = {
         "torch.cumprod(torch.stack([t, t - 0.5, t.sin()]), 0)[2]", _FORWARD, "torch.Tensor.cumprod"
     ),
     "torch.logcumsumexp": _along(
-        f"torch.logcumsumexp({_ROW}, 0)[2]", "reverse over reverse over reverse", "torch.Tensor.logcumsumexp"
+        "torch.logcumsumexp(torch.stack([t - 50, t]), 0)[0]", "forward", "torch.Tensor.logcumsumexp"
     ),
     "torch.scatter_reduce": _along(
         f"torch.ones(2, dtype=t.dtype).scatter_reduce(0, torch.tensor([0, 0, 1]), {_ROW}, 'prod')[0]",
@@ -148,6 +152,11 @@ FAULTS: dict[str, Fault] = {
     ),
     "torch.ops.aten._safe_softmax": _along(
         "torch.ops.aten._safe_softmax(torch.stack([t, t**2]) - torch.inf, 0)[0]", "reverse over forward"
+    ),
+    "torch.masked.logaddexp": _along(
+        "torch.where(m := torch.tensor([True, False]), torch.masked.logaddexp(torch.stack([t, t]),"
+        " torch.stack([t**2, t]), input_mask=m, other_mask=m), 0)[0]",
+        "reverse over reverse",
     ),
     "torch.as_strided_scatter": _shown(
         "x, s = torch.ones(3, dtype=torch.float64, requires_grad=True), torch.ones(1, dtype=torch.float64)",
