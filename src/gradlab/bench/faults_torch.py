@@ -154,8 +154,7 @@ FAULTS: dict[str, Fault] = {
         "torch.ops.aten._safe_softmax(torch.stack([t, t**2]) - torch.inf, 0)[0]", "reverse over forward"
     ),
     "torch.masked.logaddexp": _along(
-        "torch.where(m := torch.tensor([True, False]), torch.masked.logaddexp(torch.stack([t, t]),"
-        " torch.stack([t**2, t]), input_mask=m, other_mask=m), 0)[0]",
+        "torch.masked.logaddexp(t[None], t[None], input_mask=o[None] > 0, other_mask=o[None] < 0)[0]",
         "reverse over reverse",
     ),
     "torch.as_strided_scatter": _shown(
