@@ -44,7 +44,7 @@ def nodes(operator: Operator) -> set[str]:
     while pending:
         node = pending.pop()
         if node not in found:
-            found[node] = node.name()
+            found[node] = type(node).__name__  # node.name() raises for control flow's in torch 2.11
             pending += [parent for parent, _ in node.next_functions if parent is not None]
     return {name for name in found.values() if "AccumulateGrad" not in name}
 
@@ -170,10 +170,11 @@ def _by_parameters(info: Any, module: Any, given: Any, variant: str) -> Operator
 
 
 def _others() -> Iterator[Operator]:
-    """What torch's test data lacks, each at a small random point and to third order."""
-    for name, variant, f, shapes in _OTHERS:
+    """What torch's test data lacks, each at a small point, random where only its shape is given, and to third order."""
+    random = lambda shape: torch.randn(shape, dtype=torch.float64)
+    for name, variant, f, points in _OTHERS:
         torch.manual_seed(SEED)
-        x = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+        x = tuple(point if isinstance(point, torch.Tensor) else random(point) for point in points)
         order = 2 if name in _COMPILED else 3
         yield Operator(f"torch.{name}", variant, lambda x, f=f: f(*x), x, order=order)
 
@@ -258,8 +259,9 @@ def _cond(x: Any) -> Any:
 
 
 _COMPILED = ("ops.higher_order.while_loop", "ops.higher_order.scan", "cond")  # a third of a second a call
+_SINGULAR = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [7.0, 8.0, 9.5]], dtype=torch.float64)
 _HEADS = torch.tensor([[0.3, -1.2, 0.4], [1.1, 0.2, -0.7]], dtype=torch.float64)
-_OTHERS: list[tuple[str, str, Callable[..., Any], list[tuple[int, ...]]]] = [
+_OTHERS: list[tuple[str, str, Callable[..., Any], list[Any]]] = [
     ("_weight_norm", "", lambda v, g: torch._weight_norm(v, g, 0), [(2, 3), (2, 1)]),
     ("nn.utils.parametrizations.weight_norm", "", _parametrized, [(2, 1), (2, 3), (3,)]),
     ("autograd.Function", "generate_vmap_rule", _Cubed.apply, [(3,)]),
@@ -283,6 +285,13 @@ _OTHERS: list[tuple[str, str, Callable[..., Any], list[tuple[int, ...]]]] = [
     ("nn.functional.group_norm", "third order", lambda x: torch.nn.functional.group_norm(x, 2), [(1, 4, 2)]),
     ("nn.functional.rms_norm", "third order", lambda x: torch.nn.functional.rms_norm(x, (3,)), [(2, 3)]),
     ("linalg.householder_product", "third order", torch.linalg.householder_product, [(3, 2), (2,)]),
+    (
+        "nn.functional.scaled_dot_product_attention",
+        "small",
+        torch.nn.functional.scaled_dot_product_attention,
+        [(1, 1, 3, 2)] * 3,
+    ),
+    ("linalg.det", "singular", torch.linalg.det, [_SINGULAR]),
     ("roll", "no axes", lambda x: torch.roll(x, 1), [()]),
     ("ops.higher_order.while_loop", "one carried without grad", _while_loop, [(2,)]),
     ("ops.higher_order.scan", "", _scan, [(3, 2)]),
