@@ -20,7 +20,6 @@ MARKER = "gradlab_check"
 FRAMEWORKS = ("jax", "torch")
 DTYPES = ("float32", "float64")
 KNOWN = {"frameworks": FRAMEWORKS, "dtypes": ("bfloat16", "float16", *DTYPES)}
-COMPLEX = {"float32": "complex64", "float64": "complex128"}
 
 
 @dataclass(frozen=True)
@@ -54,15 +53,11 @@ class CheckDerivatives:
 
         if self.framework is None or self.dtype is None:
             pytest.fail(f"check_derivatives.array: mark the test with @pytest.mark.{MARKER}", pytrace=False)
+        from gradlab.check.arguments import arrays
+
         given = np.asarray(a)
-        dtype = COMPLEX.get(self.dtype, self.dtype) if given.dtype.kind == "c" else self.dtype
-        if self.framework == "torch":
-            import torch
-
-            return torch.tensor(given, dtype=getattr(torch, dtype))
-        import jax.numpy as jnp
-
-        return jnp.asarray(given, dtype)
+        numbers = given if given.dtype.kind in "fc" else given.astype(np.float64)
+        return arrays(numbers, self.framework, self.dtype)
 
 
 @pytest.fixture
