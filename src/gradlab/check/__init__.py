@@ -14,7 +14,7 @@ from gradlab._dispatch import framework_of
 from gradlab._errors import InputError, KindError
 from gradlab.check.report import FAILED, UNSUPPORTED, CheckError, Report, Row
 
-__all__ = ["CheckError", "Report", "Row", "agree", "derivatives"]
+__all__ = ["CheckError", "Report", "Row", "agree", "batch_independent", "derivatives"]
 
 Modes = Literal["all", "forward", "reverse"]
 
@@ -177,3 +177,55 @@ def agree(
     from gradlab.check import agreement
 
     return agreement.report(f_jax, f_torch, x, args, order, seed)
+
+
+def batch_independent(f: Callable[..., Any], params: Any, batch: Any, *args: Any, seed: int = 0) -> Report:
+    """Check that no example of a batch influences the loss of another, before per-example results are trusted.
+
+    With the losses ℓᵢ of f: ∂ℓᵢ/∂(example j) = 0 for i ≠ j, and the same of ∇ℓᵢ, by replacing examples, each
+    by another one of the batch and by one with other numbers. A scalar f is a sum (or mean) over examples:
+    f with i and j replaced - f with i - f with j + f = 0, and the same of ∇f.
+
+    Args:
+        f: Function `f(params, batch, *args)` to the losses of the examples, on a leading axis, or a scalar.
+        params: A tree; its float arrays are differentiated.
+        batch: A tree of arrays, each with a leading axis of the same B ≥ 2 examples: floats, integers, masks.
+        *args: Data that belongs to no example.
+        seed: Of the examples put in place of others, and of the losses' weights in the gradient.
+
+    Returns:
+        A `Report` with rows `value` (deterministic, finite), `losses` and `gradients`; where one failed,
+        `.where` is "example i by example j", `.error` the change of i's, `.uncertainty` that of rounding,
+        measured. Where f has a float64 run, it is judged there.
+
+    Raises:
+        InputError: an empty batch, one example, leaves without a leading axis or with different ones, an
+            output of another shape.
+        KindError: f is not callable, params holds no floats, an output that is not of floats.
+        BackendError: arrays of both frameworks, or of neither.
+
+    Cost:
+        About 10 log₂ B evaluations of f and as many gradients; a few more to name the two examples. Half of the
+        batch is replaced at a time, such that every two examples are parted: an influence is missed only where
+        it cancels within the half, or shows for none of the two replacements.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import check
+        >>> w, batch = torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 3.0], [2.0, 5.0], [0.0, 1.0]])
+        >>> check.batch_independent(lambda w, batch: (batch @ w) ** 2, w, batch).passed
+        True
+        >>> check.batch_independent(lambda w, batch: ((batch - batch.mean(0)) @ w) ** 2, w, batch).passed
+        False
+
+    Source:
+        Opacus, arXiv:2109.12298, section 2 (batch norm and other layers that mix a batch).
+    """
+    if not callable(f):
+        raise KindError(
+            f"check.batch_independent: f is a {type(f).__name__}; pass the function, its params and a batch"
+        )
+    framework = framework_of("check.batch_independent", (params, batch, *args))
+    from gradlab.check import independence
+
+    return independence.report(framework, f, params, batch, args, seed)
