@@ -256,6 +256,10 @@ def _jax_tools() -> SimpleNamespace:
 
     from gradlab.check import _jax
 
+    def kind(leaf: Any) -> str:
+        whole = "int" if jnp.issubdtype(leaf.dtype, jnp.integer) else "float"
+        return "bool" if leaf.dtype == bool else whole
+
     def flatten(batch: Any) -> Any:
         paths, structure = jax.tree_util.tree_flatten_with_path(batch)
         return [("batch" + jax.tree_util.keystr(path), leaf) for path, leaf in paths], structure
@@ -266,12 +270,9 @@ def _jax_tools() -> SimpleNamespace:
         digits = jnp.round(z).astype(int)
         return (digits[..., 0] * DIGIT + digits[..., 1]).astype(leaf.dtype)
 
-    encode = lambda leaf: (
-        jnp.asarray(leaf) if kind(leaf) == "float" else jnp.asarray(_digits(np.asarray(leaf)), float)
-    )
-    kind = lambda leaf: (
-        "bool" if leaf.dtype == bool else "int" if jnp.issubdtype(leaf.dtype, jnp.integer) else "float"
-    )
+    def encode(leaf: Any) -> Any:
+        return jnp.asarray(leaf) if kind(leaf) == "float" else jnp.asarray(_digits(np.asarray(leaf)), float)
+
     return SimpleNamespace(
         subjects=_jax.subjects,
         flatten=flatten,
@@ -287,6 +288,10 @@ def _torch_tools() -> SimpleNamespace:
     from torch.utils import _pytree
 
     from gradlab.check import _torch
+
+    def kind(leaf: Any) -> str:
+        whole = "float" if leaf.is_floating_point() or leaf.is_complex() else "int"
+        return "bool" if leaf.dtype == torch.bool else whole
 
     def flatten(batch: Any) -> Any:
         paths, structure = _pytree.tree_flatten_with_path(batch)
@@ -305,8 +310,6 @@ def _torch_tools() -> SimpleNamespace:
         digits = z.round().long()
         return (digits[..., 0] * DIGIT + digits[..., 1]).to(leaf.dtype)
 
-    floating = lambda leaf: leaf.is_floating_point() or leaf.is_complex()
-    kind = lambda leaf: "float" if floating(leaf) else "bool" if leaf.dtype == torch.bool else "int"
     return SimpleNamespace(
         subjects=_torch.subjects,
         flatten=flatten,
