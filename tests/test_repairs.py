@@ -257,3 +257,18 @@ def test_jacobian_inside_jvp_of_a_custom_function():
     x, v = X[0], V[0]
     moved = jvp(lambda x: gradlab.jacobian(Cube.apply, x, mode="forward"), x, v)
     torch.testing.assert_close(moved, torch.diag(6 * x * v))
+
+
+def test_the_audit_s_table_decides_what_is_repaired():
+    pytest.importorskip("torch")
+    from gradlab.transforms.repairs import _torch as repairs
+
+    everywhere = repairs.known_wrong("0.0")  # a version that was never audited: all that was found in any
+    assert {e["operation"] for e in repairs.known_wrong("2.13.0")} <= {e["operation"] for e in everywhere}
+    named = repairs.named(everywhere)
+    for form in repairs.RIGHT_FORMS:
+        assert form in named or form in repairs._RAISING
+    assert repairs.named([]) == frozenset()
+    assert {"NativeLayerNormBackward0", "LinalgDetBackward0"} <= repairs.FAULTY - repairs.FAULTY_AT_SECOND
+    assert {"NativeLayerNormBackwardBackward0", "CudnnBatchNormBackwardBackward0"} <= repairs.FAULTY_AT_SECOND
+    assert "WhileLoopAutogradOpBackward" in repairs.UNREPAIRABLE

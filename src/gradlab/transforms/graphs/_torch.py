@@ -174,9 +174,9 @@ def _needed(kinds: frozenset[type], attached: bool) -> Level:
     names = {kind.__name__ for kind in kinds}
     if not names.isdisjoint(UNREPAIRABLE):
         raise StrategyError(
-            "f runs torch's while_loop, scan, cond or map "
-            f"({', '.join(sorted(names & UNREPAIRABLE))}), whose derivatives torch {torch.__version__} "
-            "gets silently wrong; write it as a Python loop or branch"
+            f"f runs {', '.join(sorted(names & UNREPAIRABLE))}, whose derivatives torch {torch.__version__} gets "
+            "silently wrong (docs/torch_known_wrong.md); write while_loop, scan, cond or map in Python, "
+            "another operation in terms of others"
         )
     if "CompiledFunctionBackward" in names:
         return Level.EAGER

@@ -1,13 +1,18 @@
 """Faulty torch operations, re-expressed in primitives that torch differentiates rightly to every order.
 
-The faults are of one kind: a fused operation saves a statistic of its input (a mean, an LU
-factorisation) as if it were a constant, so a derivative of its derivative formula misses a term.
+Most faults are of one kind: a fused operation saves a statistic of its input (a mean, an LU
+factorisation) as if it were a constant, so a derivative of its derivative formula misses a term. Which
+operations are at fault in which version of torch is data: known_wrong.json, which
+experiments/framework_audit.py makes by running the checker over torch's own test inputs.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from enum import IntEnum
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -276,7 +281,7 @@ def _reduced(losses: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
     return losses.sum() if reduction == "sum" else losses
 
 
-RIGHT_FORMS: dict[Any, Callable[..., Any]] = {
+_FORMS: dict[Any, Callable[..., Any]] = {
     functional.scaled_dot_product_attention: functional.scaled_dot_product_attention,  # `met`: wants MATH
     functional.mse_loss: mse_loss,
     functional.huber_loss: huber_loss,
@@ -300,33 +305,53 @@ RIGHT_FORMS: dict[Any, Callable[..., Any]] = {
     torch.linalg.tensorsolve: tensorsolve,
 }
 if hasattr(functional, "linear_cross_entropy"):
-    RIGHT_FORMS[functional.linear_cross_entropy] = linear_cross_entropy
+    _FORMS[functional.linear_cross_entropy] = linear_cross_entropy
 
-# The same operations as they appear in a recorded autograd graph: wrong beyond second order ...
-_BEYOND_SECOND = frozenset(
-    {
-        "NativeLayerNormBackward0",
-        "NativeBatchNormBackward0",
-        "CudnnBatchNormBackward0",
-        "MiopenBatchNormBackward0",
-        "LinalgDetBackward0",
-        "LinalgSlogdetBackward0",
-        "LinalgSolveExBackward0",
-    }
-)
-# ... and wrong whatever is asked: weight_norm at second order, and the norms where f holds a derivative.
-FAULTY_AT_SECOND = frozenset(
-    {
-        "WeightNormInterfaceBackward0",
-        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_defaultBackward",
-        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_defaultBackward",
-        "NativeLayerNormBackwardBackward0",
-        "NativeBatchNormBackwardBackward0",
-        "CudnnBatchNormBackwardBackward0",
-        "MiopenBatchNormBackwardBackward0",
-    }
-)
-FAULTY = _BEYOND_SECOND | FAULTY_AT_SECOND
+_TABLE = json.loads(Path(__file__).with_name("known_wrong.json").read_text())
+
+
+def known_wrong(version: str) -> list[dict[str, Any]]:
+    """What the audit found in a version of torch; in one that was not audited, all that it found in any."""
+    audited = {name: entries for name, entries in _TABLE.items() if name.startswith("torch ")}
+    own = audited.get(f"torch {version.split('+')[0]}")
+    return own if own is not None else [entry for entries in audited.values() for entry in entries]
+
+
+def named(entries: list[dict[str, Any]]) -> frozenset[Any]:
+    """The operations of some entries, under all their names, as far as this torch has them."""
+    found: set[Any] = set()
+    for name in {name for entry in entries for name in (entry["operation"], *entry["aliases"])}:
+        try:
+            found.add(attrgetter(name.removeprefix("torch."))(torch))
+        except AttributeError:
+            continue
+    return frozenset(found)
+
+
+def _nodes(entries: list[dict[str, Any]]) -> frozenset[str]:
+    """The operations of some entries in a recorded autograd graph, on accelerators too."""
+    nodes = {node for entry in entries for node in entry["nodes"]}
+    twins = {node.replace("Native", other) for node in nodes for other in ("Cudnn", "Miopen")}
+    return frozenset(nodes | {node for node in twins if "BatchNormBackward" in node})
+
+
+# Imprecise by less than this is no fault to refuse or to repair.
+_WRONG = [e for e in known_wrong(torch.__version__) if e["failed"] and (e["relative_error"] or 1) > 1e-6]
+_failing = lambda *claims: [entry for entry in _WRONG if not set(claims).isdisjoint(entry["failed"])]
+_mendable = lambda entries: [entry for entry in entries if not named([entry]).isdisjoint(_FORMS)]
+
+# Operations whose own raise where their right forms do not, in every version.
+_RAISING = {functional.scaled_dot_product_attention, functional.mse_loss, functional.huber_loss}
+RIGHT_FORMS = {f: right for f, right in _FORMS.items() if f in _RAISING or f in named(_WRONG)}
+
+# In a recorded autograd graph: operations that are wrong at second order ...
+_SECOND = _mendable(_failing("reverse over reverse"))
+# ... or at third, so that a graph which holds a derivative of theirs is wrong at second ...
+_THIRD = _mendable(_failing("reverse over reverse over reverse"))
+_HELD = {node.replace("Backward0", "BackwardBackward0") for node in _nodes(_THIRD)}
+FAULTY_AT_SECOND = _nodes(_SECOND) | _HELD
+# ... or in some nest, beyond second order.
+FAULTY = _nodes(_mendable(_WRONG)) | FAULTY_AT_SECOND
 WITHOUT_SECOND = frozenset(
     {
         "ScaledDotProductFlashAttentionForCpuBackward0",
@@ -338,34 +363,21 @@ WITHOUT_SECOND = frozenset(
 )
 FIRST_IN_GRAD_MODE = frozenset({"LinalgDetBackward0"})  # zero at a singular matrix under torch.no_grad
 DIFFERENTIATING = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
-# What forward mode sees otherwise than reverse mode does: it runs through no_grad, and past hooks; it gives 0
-# (scatter_reduce, index_reduce), or a wrong derivative of its own derivative.
+# What forward mode sees otherwise than reverse mode does: it runs through no_grad, and past hooks; or it is
+# wrong, or its derivative is.
 REVERSE_ALONE = frozenset(
     {
         torch._C._set_grad_enabled,
         Tensor.register_hook,
-        torch.scatter_reduce,
-        Tensor.scatter_reduce,
-        Tensor.scatter_reduce_,
         torch.index_reduce,
         Tensor.index_reduce,
         Tensor.index_reduce_,
-        torch.linalg.householder_product,
-        torch.linalg.eig,
-        torch.linalg.eigh,
-        torch.triangular_solve,
-        Tensor.triangular_solve,
-        torch.logcumsumexp,
-        Tensor.logcumsumexp,
     }
+) | (
+    named(_failing("jvp", "forward over forward", "forward over reverse", "reverse over forward"))
+    - set(RIGHT_FORMS)
 )
-# Control flow as operators: their backward loses terms, already at first order for a while_loop.
-UNREPAIRABLE = frozenset(
-    {
-        "WhileLoopAutogradOpBackward",
-        "ScanAutogradOpBackward",
-        "AssociativeScanAutogradOpBackward",
-        "CondAutogradOpBackward",
-        "MapAutogradOpBackward",
-    }
+# Without a right form, and wrong in reverse mode; of control flow the audit has no associative_scan and no map.
+UNREPAIRABLE = frozenset({"AssociativeScanAutogradOpBackward", "MapAutogradOpBackward"}) | (
+    _nodes([entry for entry in _failing("vjp", "reverse over reverse") if not _mendable([entry])])
 )
