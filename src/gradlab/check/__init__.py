@@ -183,7 +183,7 @@ def batch_independent(f: Callable[..., Any], params: Any, batch: Any, *args: Any
     """Check that no example of a batch influences the loss of another, before per-example results are trusted.
 
     With the losses ℓᵢ of f: ∂ℓᵢ/∂(example j) = 0 for i ≠ j, and the same of ∇ℓᵢ, by replacing examples, each
-    by another one of the batch and by one with other numbers. A scalar f is a sum (or mean) over examples:
+    by another one of the batch and by two with other numbers. A scalar f is a sum (or mean) over examples:
     f with i and j replaced - f with i - f with j + f = 0, and the same of ∇f.
 
     Args:
@@ -205,9 +205,9 @@ def batch_independent(f: Callable[..., Any], params: Any, batch: Any, *args: Any
         BackendError: arrays of both frameworks, or of neither.
 
     Cost:
-        About 10 log₂ B evaluations of f and as many gradients; a few more to name the two examples. Half of the
+        About 12 log₂ B evaluations of f and as many gradients; a few more to name the two examples. Half of the
         batch is replaced at a time, such that every two examples are parted: an influence is missed only where
-        it cancels within the half, or shows for none of the two replacements.
+        it cancels within the half, or shows for none of the three replacements.
 
     Example:
         >>> import torch

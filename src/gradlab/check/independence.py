@@ -213,21 +213,24 @@ def _refuse_output(y: Any, size: int) -> None:
 
 
 def _replacements(b: Batch, kinds: list[str], sizes: list[int]) -> list[Vector]:
-    """Two other batches: each example another one of the batch; and each with other values, where f takes them."""
+    """Other batches: each example another one of the batch; and with other values, where f takes them."""
     start = b.x.size - sum(sizes)
     parts = np.split(b.x[start:], np.cumsum(sizes)[:-1])
     donors = (np.arange(b.size) + b.rng.integers(1, b.size)) % b.size
     moved = [part.reshape(b.size, -1)[donors].reshape(-1) for part in parts]
-    drawn = [_drawn(part, kind, b.rng) for part, kind in zip(parts, kinds, strict=True)]
-    shuffled, other = (np.concatenate([b.x[:start], *found]) for found in (moved, drawn))
-    return [shuffled, other] if _taken(b, other) else [shuffled]
+    drawn = [
+        [_drawn(part, kind, b.rng, *between) for part, kind in zip(parts, kinds, strict=True)]
+        for between in ((0.5, 1.5), (-3.0, 3.0))
+    ]
+    shuffled, *others = (np.concatenate([b.x[:start], *found]) for found in (moved, *drawn))
+    return [shuffled, *(other for other in others if _taken(b, other))]
 
 
-def _drawn(part: Vector, kind: str, rng: np.random.Generator) -> Vector:
-    """Floats of the same sign and size; integers that occur in the leaf, and zero; any booleans."""
+def _drawn(part: Vector, kind: str, rng: np.random.Generator, low: float, high: float) -> Vector:
+    """Floats multiplied by as much; integers that occur in the leaf, and zero; any booleans."""
     if kind == "float":
         size = np.where(part == 0, natural_scales(part, [part.size]), part) if part.size else part
-        return size * rng.uniform(0.5, 1.5, part.size)
+        return size * rng.uniform(low, high, part.size)
     known = part.reshape(-1, 2)
     pool = np.array([[0.0, 0.0], [0.0, 1.0]]) if kind == "bool" else np.concatenate([known, np.zeros((1, 2))])
     return pool[rng.integers(0, len(pool), len(known))].reshape(-1)
