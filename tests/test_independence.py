@@ -259,6 +259,8 @@ def test_jax_models():
     each = lambda model, x: jax.vmap(model)(x).sum(-1) ** 2
     assert check.batch_independent(each, model, jax.numpy.asarray(X)).passed
     keys = jax.random.split(jax.random.key(0), B)
+    with pytest.raises(gradlab.KindError, match=r"batch holds key<fry>; pass numbers \(of random keys"):
+        check.batch_independent(each, model, (jax.numpy.asarray(X), keys))
     noise = lambda model, b: each(model, b[0] + jax.vmap(lambda key: jax.random.normal(key, (D,)))(b[1]))
     raw = jax.vmap(jax.random.key_data)(keys)
     wrapped = lambda model, b: noise(model, (b[0], jax.random.wrap_key_data(b[1])))

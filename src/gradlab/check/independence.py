@@ -260,6 +260,8 @@ def _jax_tools() -> SimpleNamespace:
     from gradlab.check import _jax
 
     def kind(leaf: Any) -> str:
+        if not (leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.number)):
+            raise KindError(f"{OP}: batch holds {leaf.dtype}; pass numbers (of random keys their key_data)")
         whole = "int" if jnp.issubdtype(leaf.dtype, jnp.integer) else "float"
         return "bool" if leaf.dtype == bool else whole
 
