@@ -1,12 +1,13 @@
 """jax's own operations, and optax's losses and equinox's layers, each at points where users meet it.
 
-A case is two lines of Python: a point x and an expression in it, which are also its reproduction.
+A case is two pieces of Python: a point x and an expression in it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import equinox as eqx
@@ -22,7 +23,10 @@ from jax.random import key, normal
 
 from gradlab.bench.audit import Operator
 from gradlab.bench.audit_jax_table import ELEMENTWISE, EXPRESSIONS
+from gradlab.bench.faults_jax import EXPLAINED, FAULTS
 from gradlab.transforms.linearised._jax import equations
+
+__all__ = ["EXPLAINED", "cases", "nodes"]
 
 FULL = {"jnp": "jax.numpy", "jsp": "jax.scipy", "lax": "jax.lax", "nn": "jax.nn", "eqx": "equinox"}
 NAME = re.compile(r"(?<![\w.])(?:jnp|jsp|lax|nn|jax|optax|eqx)(?:\.\w+)+|odeint|x\.at")
@@ -31,24 +35,15 @@ NAMES: dict[str, Any] = {
     "eqx": eqx, "jax": jax, "jnp": jnp, "jsp": jsp, "optax": optax, "lax": lax, "nn": nn,
     "odeint": odeint, "key": key, "normal": normal,
 }  # fmt: skip
-IMPORTS = {
-    "eqx": "import equinox as eqx",
-    "optax": "import optax",
-    "jnp": "import jax.numpy as jnp",
-    "jsp": "import jax.scipy as jsp",
-    "lax": "from jax import lax",
-    "nn": "from jax import nn",
-    "odeint": "from jax.experimental.ode import odeint",
-    "key": "from jax.random import key, normal",
-}
+SLOW = ("hyp2f1", "ctc_loss", "random.beta", "random.dirichlet")  # minutes of compilation at second order
 
 
 def cases() -> Iterator[Operator]:
-    """Every case, built when it is reached; in float64 only if the caller has enabled it."""
-    for point, expression in lines():
-        x = eval(point, NAMES)
-        f = eval(f"lambda x: {expression}", NAMES)
-        yield Operator(name(point, expression), f"{expression}, x = {point}", f, x, code(point, expression))
+    """Every case, in float64 only where the caller has enabled it."""
+    for point, expression, order in lines():
+        x, f = eval(point, NAMES), eval(f"lambda x: {expression}", NAMES)
+        operation = name(point, expression)
+        yield Operator(operation, f"{expression}, x = {point}", f, x, FAULTS.get(operation, ""), order)
 
 
 def nodes(operator: Operator) -> set[str]:
@@ -57,13 +52,14 @@ def nodes(operator: Operator) -> set[str]:
     return {equation.primitive.name for equation in equations(jaxpr)}
 
 
-def lines() -> Iterator[tuple[str, str]]:
-    """The point and the expression of every case."""
+def lines() -> Iterator[tuple[str, str, int]]:
+    """The point, the expression and the order of every case: elementwise functions to third, at one point."""
     for module, functions, points in ELEMENTWISE:
-        for function in functions.split():
-            yield from ((f"jnp.array({point})", f"{module}.{function}(x)") for point in points)
+        for function, (k, point) in product(functions.split(), enumerate(points)):
+            yield f"jnp.array({point})", f"{module}.{function}(x)", 2 if k else 3
     for point, block in EXPRESSIONS:
-        yield from ((point, line.strip()) for line in block.splitlines() if line.strip())
+        for line in filter(None, map(str.strip, block.splitlines())):
+            yield point, line, 1 if any(name in line for name in SLOW) else 2
 
 
 def name(point: str, expression: str) -> str:
@@ -78,17 +74,3 @@ def name(point: str, expression: str) -> str:
         return "jax.experimental.ode.odeint"
     first, rest = found[0].split(".", 1)
     return f"{FULL.get(first, first)}.{rest}"
-
-
-def code(point: str, expression: str) -> str:
-    """A reproduction: what the checker says of this case."""
-    used = set(re.findall(r"\w+", f"{point} {expression}"))
-    imports = [line for word, line in IMPORTS.items() if word in used]
-    return "\n".join(
-        [
-            "; ".join(["import jax", *imports, "from gradlab import check"]),
-            'jax.config.update("jax_enable_x64", True)',
-            f"x = {point}",
-            f"print(check.derivatives(lambda x: {expression}, x))",
-        ]
-    )
