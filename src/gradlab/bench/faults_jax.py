@@ -39,6 +39,21 @@ FAULTS: dict[str, str] = {
     "jax.numpy.linalg.eigvalsh": _shown(
         "jax.hessian(lambda t: (jnp.linalg.eigvalsh(t * jnp.eye(2)) ** 2).sum())(1.0)", "4  # of 2 t²"
     ),
+    "jax.numpy.linalg.eigh": _shown(
+        "jax.hessian(lambda t: jnp.linalg.eigh(t * jnp.eye(2))[0].prod())(1.0)", "2  # of t²"
+    ),
+    "jax.numpy.linalg.svdvals": _shown(
+        "jax.hessian(lambda t: (jnp.linalg.svdvals(t * jnp.eye(2)) ** 2).sum())(1.0)", "4  # of 2 t²"
+    ),
+    "jax.numpy.linalg.norm": _shown(
+        "jax.hessian(lambda t: jnp.linalg.norm(t * jnp.eye(2), ord='nuc'))(1.0)", "0  # of 2 t"
+    ),
+    "jax.numpy.abs": _shown("jax.hessian(lambda t: jnp.abs(t + 0j) ** 2)(0.0)", "2  # of t²"),
+    "jax.scipy.linalg.eigh_tridiagonal": _shown(
+        "jax.jacfwd(lambda d: jsp.linalg.eigh_tridiagonal(d, jnp.array([0.5, 0.3]), True))"
+        "(jnp.array([1.0, 0, 1]))[1, 0]",
+        "0.26470588  # as jax.numpy.linalg.eigvalsh of the dense matrix; reverse mode is refused",
+    ),
 }
 
 # Rows that fail for a reason which is not a wrong derivative.
