@@ -50,7 +50,7 @@ FAULTS: dict[str, str] = {
     ),
     "jax.numpy.abs": _shown("jax.hessian(lambda t: jnp.abs(t + 0j) ** 2)(0.0)", "2  # of t²"),
     "jax.scipy.linalg.eigh_tridiagonal": _shown(
-        "jax.jacfwd(lambda d: jsp.linalg.eigh_tridiagonal(d, jnp.array([0.5, 0.3]), True))"
+        "jax.jacfwd(lambda d: jsp.linalg.eigh_tridiagonal(d, jnp.array([0.5, 0.3]), eigvals_only=True))"
         "(jnp.array([1.0, 0, 1]))[1, 0]",
         "0.26470588  # as jax.numpy.linalg.eigvalsh of the dense matrix; reverse mode is refused",
     ),
