@@ -706,7 +706,7 @@ EXPRESSIONS: list[tuple[str, str]] = [
         """
         lax.conv(x[0][None], x[1], (1, 1), "VALID")
         lax.conv(x[0][None], x[1], (2, 2), "SAME")
-        lax.conv_general_dilated(x[0][None], x[1], (1, 1), "SAME", (2, 1), (1, 2))
+        lax.conv_general_dilated(x[0][None], x[1], (1, 1), ((1, 0), (1, 1)), (2, 1), (1, 2))
         lax.conv_transpose(x[0].T[None], x[1].T, (2, 2), "SAME")
         lax.reduce_window(x[0], 0.0, lax.add, (1, 2, 2), (1, 2, 2), "SAME")
         lax.dot_general(x[0], x[0], (((1,), (2,)), ((0,), (0,))))
@@ -742,6 +742,10 @@ EXPRESSIONS: list[tuple[str, str]] = [
         )
         for scatter in ("scatter", "scatter_add", "scatter_sub", "scatter_mul", "scatter_min", "scatter_max")
         for index in ([[1], [3]], [[1], [1]])
+    ),
+    (
+        "(normal(key(0), (5, 3)), normal(key(1), (2, 3)))",
+        "x[0].at[jnp.array([1, 3])].multiply(x[1], unique_indices=True)",
     ),
     (
         "(normal(key(0), (2, 4, 4)), jnp.array([0.8, 1.1]), jnp.array([0.2, 0.3]))",
