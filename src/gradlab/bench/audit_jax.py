@@ -39,9 +39,10 @@ SLOW = ("hyp2f1", "ctc_loss", "random.beta", "random.dirichlet")  # minutes of c
 
 
 def cases() -> Iterator[Operator]:
-    """Every case, in float64 only where the caller has enabled it."""
+    """Every case; jax must be told to keep float64 where they are run."""
     for point, expression, order in lines():
-        x, f = eval(point, NAMES), eval(f"lambda x: {expression}", NAMES)
+        with jax.enable_x64(True):
+            x, f = eval(point, NAMES), eval(f"lambda x: {expression}", NAMES)
         operation = name(point, expression)
         yield Operator(operation, f"{expression}, x = {point}", f, x, FAULTS.get(operation, ""), order)
 
