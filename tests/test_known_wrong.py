@@ -95,3 +95,28 @@ def test_every_reproduction_prints_what_the_page_says(framework):
     run = subprocess.run([sys.executable, "-c", script], input=codes, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [entry["output"] for entry in entries]
+
+
+def test_what_is_known_of_jax_is_of_operations_that_the_audit_runs():
+    pytest.importorskip("jax")
+    from gradlab.bench import audit_jax
+
+    names = {audit_jax.name(point, expression) for point, expression, _ in audit_jax.lines()}
+    assert len(names) > 150
+    assert {*audit_jax.FAULTS, *audit_jax.EXPLAINED} <= names
+
+
+@pytest.mark.parametrize(
+    ("point", "expression", "operation"),
+    [
+        ("normal(key(0), (3,))", "(jnp.linalg.svdvals(x) ** 4).sum()", "jax.numpy.linalg.svdvals"),
+        ("normal(key(0), (3,))", "x.at[jnp.array([0])].power(2)", "jax.numpy.ndarray.at.power"),
+        ("(eqx.nn.LayerNorm(4), jnp.zeros(4))", "x[0](x[1])", "equinox.nn.LayerNorm"),
+        ("jnp.zeros(3)", "odeint(lambda y, t: -y, x, x)", "jax.experimental.ode.odeint"),
+    ],
+)
+def test_a_case_of_jax_is_named_by_its_operation(point, expression, operation):
+    pytest.importorskip("jax")
+    from gradlab.bench import audit_jax
+
+    assert audit_jax.name(point, expression) == operation
