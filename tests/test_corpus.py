@@ -9,6 +9,9 @@ from frameworks import FRAMEWORKS
 from gradlab import check
 
 AT_LEAST = 40  # of each kind and framework
+SLOW = (
+    4  # all but every so many of them are left to `make test-all`: jax compiles a score of programs for each
+)
 CASES = {name: corpus(name) if importlib.util.find_spec(name) else [] for name in FRAMEWORKS}
 
 
@@ -16,8 +19,14 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         wrong = "blamed" in metafunc.function.__name__
         chosen = [(name, case) for name, cases in CASES.items() for case in cases if case.wrong == wrong]
-        ids = [f"{name}-{case.name}" for name, case in chosen]
-        metafunc.parametrize("case", [case for _, case in chosen], ids=ids)
+        marks = [[pytest.mark.slow] if i % SLOW else [] for i in range(len(chosen))]
+        metafunc.parametrize(
+            "case",
+            [
+                pytest.param(c, id=f"{name}-{c.name}", marks=m)
+                for (name, c), m in zip(chosen, marks, strict=True)
+            ],
+        )
 
 
 def statuses(case):
