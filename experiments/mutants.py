@@ -32,7 +32,7 @@ from gradlab.bench.console import console as terminal
 from gradlab.bench.record import append, environment
 from gradlab.check.report import FAILED
 
-PRESETS = {"smoke": (12, 5), "paper": (180, 5)}  # operators, mutants of each
+PRESETS = {"smoke": (12, 5), "paper": (170, 4)}  # operators, mutants of each
 KINDS = ("scale", "sign", "term", "bfloat16", "noise")
 CHECKERS = ("gradlab", "gradcheck", "gradcheck, fast")
 LIMIT = 30.0  # seconds for a check
