@@ -46,6 +46,12 @@ def test_an_explained_alarm_is_neither():
     assert not alarms
 
 
+def test_an_explained_row_is_left_out_of_what_is_listed():
+    lines = [line("f.norm", jvp="failed", vjp="failed")]
+    (entry,), _ = known_wrong.entries(lines, {"f.norm": CODE}, {}, {"f.norm: vjp": "rounding"})
+    assert entry["failed"] == ["jvp"]
+
+
 def test_an_operation_without_any_second_derivative_is_listed():
     refused = line("f.once", **dict.fromkeys(known_wrong.SECOND, "unsupported"))
     (entry,), _ = known_wrong.entries([refused], {}, {}, {})

@@ -44,9 +44,16 @@ def nodes(operator: Operator) -> set[str]:
     while pending:
         node = pending.pop()
         if node not in found:
-            found[node] = type(node).__name__  # node.name() raises for control flow's in torch 2.11
-            pending += [parent for parent, _ in node.next_functions if parent is not None]
+            found[node] = type(node).__name__
+            pending += [parent for parent, _ in _parents(node) if parent is not None]
     return {name for name in found.values() if "AccumulateGrad" not in name}
+
+
+def _parents(node: Any) -> Any:
+    try:
+        return node.next_functions
+    except RuntimeError:  # of control flow's nodes in torch 2.11
+        return ()
 
 
 def _opinfos() -> Iterator[Operator]:

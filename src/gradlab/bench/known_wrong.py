@@ -34,8 +34,9 @@ def entries(
         lines: an audit's.
         codes: by operation, the reproduction of its fault, or "".
         aliases: by operation, its other public names.
-        explained: by operation, why a failing row is no wrong derivative.
+        explained: by operation, or by "operation: row", why what fails is no wrong derivative.
     """
+    lines = [_less(line, explained) for line in lines]
     same = {alias: name for name, others in aliases.items() for alias in others}
     groups: dict[str, list[Line]] = {}
     for line in lines:
@@ -45,14 +46,23 @@ def entries(
     for name, group in sorted(groups.items()):
         failing = [line for line in group if alarms(line)]
         code = codes.get(name, "")
-        if failing and name not in explained and not code:
+        if failing and not code:
             open_alarms += failing
-        elif failing and name not in explained:
+        elif failing:
             entry = _entry(name, group, failing, innocent)
             listed.append({**entry, "aliases": _names(group, name, aliases), **reproduced(code)})
         elif _without_second(group):
             listed.append({**_entry(name, group, group, innocent), "aliases": _names(group, name, aliases)})
     return listed, open_alarms
+
+
+def _less(line: Line, explained: Mapping[str, str]) -> Line:
+    """The line without the rows that failed and are explained."""
+    name = line["name"]
+    known = lambda claim: name in explained or f"{name}: {claim}" in explained
+    rows = line.get("rows", {}).items()
+    kept = {claim: row for claim, row in rows if not (row["status"] == FAILED and known(claim))}
+    return {**line, "rows": kept} if "rows" in line else line
 
 
 def _entry(name: str, group: list[Line], blamed: list[Line], innocent: dict[str, set[str]]) -> dict[str, Any]:
