@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from gradlab._dispatch import framework_of
-from gradlab._errors import InputError, KindError
+from gradlab._errors import BackendError, InputError, KindError
 from gradlab.check.report import FAILED, UNSUPPORTED, CheckError, Report, Row
 
 __all__ = ["CheckError", "Report", "Row", "agree", "batch_independent", "derivatives"]
@@ -46,7 +47,8 @@ def derivatives(
       included); `vjp repeatable`; `each part alone` (a leaf of x, or of f's outputs, without the others);
     - from order 2 `hvp` (gradlab's), `forward over reverse` and the other nests as the framework runs
       them bare, `hessian symmetric`, and up to 8 entries the dense `hessian`; at order 3 the eight nests;
-    - `vmap`, `vmap of jvp`, `vmap of vjp`, `vjp of vmap` against a loop; `compiled` against eager.
+    - `vmap`, `vmap of jvp`, `vmap of vjp` (over points, and over directions or cotangents at one point),
+      `vjp of vmap` against a loop; `compiled` against f as it runs uncompiled.
 
     Args:
         f: Function `f(x, *args)` to a tree of floats, or `(value, aux)`.
@@ -59,8 +61,8 @@ def derivatives(
         vmap: Whether to check the function under vmap.
         compiled: Whether to check it compiled; None: in jax, where it is cheap, and not in torch, where
             torch.compile takes seconds.
-        directions: Random directions for each claim; a tree of several leaves has up to 6 more, of one
-            leaf each.
+        directions: Random directions of the whole of x for each claim. A tree of several leaves, or of
+            entries 10⁴ times smaller or larger than most of their leaf, has up to 6 more, of one each.
         explore: Whether to search the inputs around x too, when no claim fails at x: x scaled and shifted as
             a whole, a few entries replaced by any number up to 1000 times the largest. The report is then
             of the simplest point found where a claim fails, which is its `.point`. Needs hypothesis.
@@ -75,7 +77,7 @@ def derivatives(
     Raises:
         InputError: order, modes or directions that do not exist, an empty tree.
         KindError: f is not callable, x or f's output has no floats.
-        BackendError: arrays of both frameworks, or of neither.
+        BackendError: arrays of both frameworks, or of neither; exploration without hypothesis.
 
     Cost:
         45 evaluations of f a direction, shared by all claims of first order, and as many gradients for
@@ -83,9 +85,10 @@ def derivatives(
         number of parameters. A row is evaluated again where its error needs an explanation. Exploration
         checks 200 points, without vmap and compilation.
         Entries of a direction have sizes between 0.5 and 1.5, so that one wrong entry among n shifts the
-        slope by at least half of its fault, and is missed only where that is below 10 ε: with ε near
-        1e-13 of the whole slope, or where faults cancel along every direction (probability zero for
-        one wrong entry). Wrong entries of a gradient are located by bisection.
+        slope by at least half of its fault, and is missed only where that is below 10 ε (ε is 1e-13 of a
+        smooth slope) or half of the digits of the whole slope (1.5e-8 in float64); or where faults cancel
+        along every direction, with probability zero for one wrong entry. Wrong entries are located by
+        bisection.
 
     Example:
         >>> import torch
@@ -105,6 +108,10 @@ def derivatives(
         raise InputError(f"check.derivatives: modes is {modes!r}; pass one of {', '.join(get_args(Modes))}")
     if not isinstance(directions, int) or directions < 1:
         raise InputError(f"check.derivatives: directions is {directions!r}; pass a positive integer")
+    if explore and find_spec("hypothesis") is None:
+        raise BackendError(
+            "check.derivatives: explore=True needs hypothesis; pip install 'gradlab[tools]', or leave it out"
+        )
     framework = framework_of("check.derivatives", (x, *args))
     from gradlab.check.claims import MODES, Checked, rows
 
