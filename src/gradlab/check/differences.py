@@ -118,7 +118,7 @@ class Ladder:
             found = np.fmin(*[table_noise(side) for side in self.sides])
             inside = np.where(self._stuck, self._largest, np.abs(self.centre))
             inside = np.where(self.size == self._natural, self._natural, inside)
-            return np.maximum.reduce([found, EPS * inside, self.least + 0 * found])
+            return np.maximum.reduce([found, EPS * inside, self.least * (self._moved > 0)])
 
     @property
     def _stuck(self) -> np.ndarray:
