@@ -96,10 +96,15 @@ def mutant(f: Callable[[Leaves], Leaves], rule: Callable[..., Leaves]) -> Callab
 
 
 def mutations(operator: Operator, count: int, rng: np.random.Generator) -> Iterator[Mutation]:
-    """Mutations of all kinds in turn, at random places, that change the gradient by more than its rounding."""
+    """Mutations of all kinds in turn, at random places, that change the gradient by more than its rounding.
+
+    There are none where an output is not in float64, which gradcheck does not judge.
+    """
     f, x = operator.f, operator.x
     random = lambda leaf: torch.tensor(rng.normal(size=leaf.shape), dtype=leaf.dtype)
     y = f(x)
+    if any(leaf.dtype != torch.float64 for leaf in y):
+        return  # gradcheck wants nothing less
     u = tuple(map(random, y))
     exact = pulled(f, x, u)
     moved = [pulled(f, tuple(t * (1 + 2.0**-51 * random(t).sign()) for t in x), u) for _ in range(8)]
@@ -176,7 +181,9 @@ def run(
         except RuntimeError as error:  # an operator whose gradient cannot be differentiated again
             rows.append({**row, "skipped": str(error).splitlines()[0][:100]})
             continue
-        if count:
+        if not chosen and count:
+            rows.append({**row, "skipped": "no mutant that differs"})
+        elif count:
             wrong = [{"kind": m.kind, **verdicts(operator, m)} for m in chosen]
             rows.append({**row, "right": verdicts(operator, pulled), "mutants": wrong})
         else:
