@@ -54,10 +54,11 @@ def nodes(operator: Operator) -> set[str]:
 
 
 def lines() -> Iterator[tuple[str, str, int]]:
-    """The point, the expression and the order of every case: elementwise functions to third, at one point."""
+    """The point, the expression and the order of every case: special functions to third, at one point."""
     for module, functions, points in ELEMENTWISE:
         for function, (k, point) in product(functions.split(), enumerate(points)):
-            yield f"jnp.array({point})", f"{module}.{function}(x)", 2 if k else 3
+            third = module == "jsp.special" and k == 0
+            yield f"jnp.array({point})", f"{module}.{function}(x)", 3 if third else 2
     for point, block in EXPRESSIONS:
         for line in filter(None, map(str.strip, block.splitlines())):
             yield point, line, 1 if any(name in line for name in SLOW) else 2
