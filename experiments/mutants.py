@@ -114,7 +114,7 @@ def mutations(operator: Operator, count: int, rng: np.random.Generator) -> Itera
         kind = KINDS[(start + attempt) % len(KINDS)]
         kind = kind if kind != "term" or len(x) == 1 else "leaf"
         leaves = y if kind == "term" else x
-        leaf = int(rng.integers(len(leaves)))
+        leaf = int(rng.choice([i for i, z in enumerate(leaves) if z.numel()]))
         entry = int(rng.integers(leaves[leaf].numel()))
         mutation = Mutation(kind, leaf, entry, int(rng.integers(2**31)))
         changed = zip(mutation(f, x, u), exact, rounding, strict=True)
