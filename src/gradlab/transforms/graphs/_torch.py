@@ -175,8 +175,7 @@ def _needed(kinds: frozenset[type], attached: bool) -> Level:
     if not names.isdisjoint(UNREPAIRABLE):
         raise StrategyError(
             f"f runs {', '.join(sorted(names & UNREPAIRABLE))}, whose derivatives torch {torch.__version__} gets "
-            "silently wrong (docs/torch_known_wrong.md); write while_loop, scan, cond or map in Python, "
-            "another operation in terms of others"
+            "silently wrong (docs/torch_known_wrong.md); write it in Python, or in terms of other operations"
         )
     if "CompiledFunctionBackward" in names:
         return Level.EAGER
