@@ -98,7 +98,7 @@ def _function(
     x = tuple(leaves[i].detach() for i in active)
 
     def called(x: Any) -> list[Any]:
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)  # of the CPU alone, which is quick
         given = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         for i, leaf in zip(active, x, strict=True):
             given[i] = leaf.clone()  # not a leaf, which must not be written to

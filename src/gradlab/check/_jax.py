@@ -239,17 +239,18 @@ class Subject:
         return self._run("hessian", lambda x, u: gl.hessian(lambda x: self.flat(x) @ u, x), x, self.weights)
 
     def mapped(self, how: str, x: np.ndarray, seed: np.ndarray, loop: bool) -> np.ndarray:
+        pull = lambda x, u: jax.vjp(self.flat, x)[1](u)[0]
         one: dict[str, Callable[..., Any]] = {
             "vmap": lambda x, _: self.flat(x),
             "vmap of jvp": lambda x, v: jax.jvp(self.flat, (x,), (v,))[1],
-            "vmap of vjp": lambda x, u: jax.vjp(self.flat, x)[1](u)[0],
-            "vjp of vmap": lambda x, u: jax.vjp(self.flat, x)[1](u)[0],
+            "vmap of vjp": pull,
         }
         points, alone = POINTS[:, None] * x, how in ("vmap of jvp", "vmap of vjp")
         seeds = SEEDS[:, None] * seed if alone else np.zeros((0, seed.size))
         if loop:
+            alike = {"vmap": lambda x, _: self.value(x), "vmap of jvp": self.jvp}.get(how, self.vjp)
             pairs = [(z, seed) for z in points] + [(x, s) for s in seeds]
-            return np.concatenate([self._run(f"{how}, one", one[how], *pair) for pair in pairs])
+            return np.concatenate([alike(*pair) for pair in pairs])
 
         def many(points: Any, x: Any, seeds: Any, seed: Any) -> Any:
             if how == "vjp of vmap":
@@ -279,14 +280,15 @@ class Subject:
 
     def _run(self, name: str, function: Callable[..., Any], *vectors: np.ndarray) -> np.ndarray:
         """Compiled once; op by op where f looks at its values, which jit does not allow."""
+        run = self.compilations.get(name)
+        if run is None:
+            run = self.compilations[name] = jax.jit(function)
         with self.mode():
-            arrays = [self._array(v) for v in vectors]
-            run = self.compilations.setdefault(name, jax.jit(function))
             try:
-                return self._numpy(run(*arrays))
+                return self._numpy(run(*(v.astype(self.tree.dtype) for v in vectors)))
             except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
                 self.compilations[name] = function
-                return self._numpy(function(*arrays))
+                return self._numpy(function(*map(self._array, vectors)))
 
     def _array(self, vector: np.ndarray) -> Any:
         return jnp.asarray(vector, self.tree.dtype)

@@ -16,7 +16,7 @@ from gradlab._typing import Leaves
 from gradlab.check.claims import POINTS, SEEDS, entry_name
 from gradlab.transforms.linearised._torch import materialised
 from gradlab.transforms.repairs._torch import Level, Repair, repaired
-from gradlab.transforms.trees._torch import Tree, tree_function
+from gradlab.transforms.trees._torch import Tree, flatten, tree_function, unflatten
 
 OP = "check.derivatives"
 jvp, vjp, vmap = torch.func.jvp, torch.func.vjp, torch.func.vmap
@@ -84,18 +84,23 @@ def _widened(leaf: Any) -> Any:
 def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..., Any], Any]:
     """f and x with complex tensors as pairs of reals on a last axis: each framework's convention cancels."""
     pairs = lambda leaf: torch.stack([leaf.real, leaf.imag], -1) if _complex(leaf) else leaf
-    leaves, structure = pytree.tree_flatten(x)
+    leaves, structure = flatten(x)
     which = [_complex(leaf) for leaf in leaves]
 
-    def real(x: Any, *args: Any) -> Any:
-        given = pytree.tree_leaves(x)
-        joined = [torch.complex(z[..., 0], z[..., 1]) if c else z for c, z in zip(which, given, strict=True)]
-        y = f(pytree.tree_unflatten(joined, structure), *args)
-        if has_aux and isinstance(y, tuple) and len(y) == 2:
-            return pytree.tree_map(pairs, y[0]), y[1]
-        return pytree.tree_map(pairs, y)
+    def paired(tree: Any) -> Any:
+        leaves, structure = flatten(tree)
+        return unflatten(structure, list(map(pairs, leaves))) if any(map(_complex, leaves)) else tree
 
-    return real, pytree.tree_map(pairs, x)
+    def real(x: Any, *args: Any) -> Any:
+        if any(which):
+            given = zip(which, flatten(x)[0], strict=True)
+            x = unflatten(structure, [torch.complex(z[..., 0], z[..., 1]) if c else z for c, z in given])
+        y = f(x, *args)
+        if has_aux and isinstance(y, tuple) and len(y) == 2:
+            return paired(y[0]), y[1]
+        return paired(y)
+
+    return real, paired(x)
 
 
 def restored(subject: Subject, x: Any) -> Any:
@@ -246,11 +251,12 @@ class Subject:
         return self._run(lambda x, u: gl.hessian(lambda x: self.flat(x) @ u, x), x, self.weights)
 
     def mapped(self, how: str, x: np.ndarray, seed: np.ndarray, loop: bool) -> np.ndarray:
+        pull = lambda x, u: vjp(self.flat, x)[1](u)[0]
         one: dict[str, Callable[..., Any]] = {
             "vmap": lambda x, _: self.flat(x),
             "vmap of jvp": lambda x, v: materialised(jvp(self.flat, (x,), (v,))[1]),
-            "vmap of vjp": lambda x, u: vjp(self.flat, x)[1](u)[0],
-            "vjp of vmap": lambda x, u: vjp(self.flat, x)[1](u)[0],
+            "vmap of vjp": pull,
+            "vjp of vmap": pull,
         }
         points, alone = POINTS[:, None] * x, how in ("vmap of jvp", "vmap of vjp")
         seeds = SEEDS[:, None] * seed if alone else np.zeros((0, seed.size))

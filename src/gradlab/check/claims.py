@@ -16,7 +16,18 @@ import numpy as np
 from scipy.linalg import norm
 
 from gradlab.check.differences import EPS, STEPS, Estimate, Ladder, joined, ladder
-from gradlab.check.judge import FACTOR, RESOLUTION, Derivative, Subject, Vector, agreed, judged, told, worst
+from gradlab.check.judge import (
+    FACTOR,
+    RESOLUTION,
+    Derivative,
+    Subject,
+    Vector,
+    agreed,
+    judged,
+    resolved,
+    told,
+    worst,
+)
 from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, UNSUPPORTED, Row
 
 GROUPS = 6  # directions of one leaf alone; more leaves are put together in so many
@@ -26,6 +37,8 @@ LOCATED = 3  # wrong entries that are named
 MODES = ("forward", "reverse")
 POINTS = np.array([1.0, 1.01, 0.98])  # multiples of x that are mapped over
 SEEDS = np.array([1.0, -1.5, 0.75])  # and of a direction or cotangent, at one x
+
+Additive = Callable[[Estimate], Vector]  # where an estimated slope is linear in its direction
 
 
 class Checked:
@@ -39,6 +52,7 @@ class Checked:
         self.directions = [self._signs(subject.n) * self.scales for _ in range(directions)]
         groups = _groups(self.scales, subject.sizes)
         self._ladders: dict[tuple[str, int, int], Ladder] = {}
+        self._parts: dict[tuple[str, int], list[tuple[Ladder, Ladder]]] = {}
         if groups.any():
             alone = (self._signs(subject.n) * self.scales * (groups == g) for g in range(groups.max() + 1))
             self.directions += [self._grown(v) for v in alone]
@@ -69,9 +83,11 @@ class Checked:
         """Values or gradients along direction k, evaluated when first asked for."""
         key = (what, k, id(steps))
         if key not in self._ladders:
-            along = self.gradients if what == "gradient" else self.values
-            self._ladders[key] = along(self.directions[k], steps)
+            self._ladders[key] = self._along(what)(self.directions[k], steps)
         return self._ladders[key]
+
+    def _along(self, what: str) -> Callable[..., Ladder]:
+        return self.gradients if what == "gradient" else self.values
 
     def values(self, v: Vector, steps: np.ndarray = STEPS) -> Ladder:
         """Of f along v, rounded at least as its coarsest operation is."""
@@ -119,14 +135,12 @@ class Checked:
         size = np.where(known, np.maximum(size, max(1e-8, self.low.eps) * largest), largest)
         return plain / np.where(size > 0, size, 1.0)
 
-    def additive(self, v: Vector, along: Callable[[Vector], Estimate]) -> Callable[[Estimate], Vector]:
-        """Where the slope along v is the sum of those along two parts of v, tried for four ways to part it."""
+    def additive(self, what: str, k: int, of: Callable[[Ladder], Ladder] = lambda found: found) -> Additive:
+        """Where the slope along direction k is the sum of those along two parts of it, for four ways to part it."""
 
         def holds(whole: Estimate) -> Vector:
             linear = np.ones(whole.value.shape, bool)
-            for _ in range(4):
-                part = v * self.rng.uniform(-1.0, 1.0, size=v.size)
-                one, other = along(part), along(v - part)
+            for one, other in (map(Ladder.slope, map(of, pair)) for pair in self._parted(what, k)):
                 size = np.maximum(np.abs(one.value), np.abs(other.value))
                 known = one.uncertainty + other.uncertainty + whole.uncertainty
                 gap = np.abs(one.value + other.value - whole.value)
@@ -135,9 +149,22 @@ class Checked:
 
         return holds
 
+    def _parted(self, what: str, k: int) -> list[tuple[Ladder, Ladder]]:
+        """Values or gradients along two vectors that add up to direction k, four times; found when first asked for."""
+        if (what, k) not in self._parts:
+            v, along = self.directions[k], self._along(what)
+            parts = [v * self.rng.uniform(-1.0, 1.0, size=v.size) for _ in range(4)]
+            self._parts[what, k] = [(along(part), along(v - part)) for part in parts]
+        return self._parts[what, k]
+
     def everywhere(self, verdict: Callable[[int, Vector], Row]) -> Row:
-        """The worst verdict over all directions."""
-        return worst([verdict(k, v) for k, v in enumerate(self.directions)])
+        """The worst verdict over all directions, of which none is tried after one that fails."""
+        found: list[Row] = []
+        for k, v in enumerate(self.directions):
+            found.append(verdict(k, v))
+            if found[-1].status == FAILED:
+                break
+        return worst(found)
 
 
 def _groups(scales: Vector, sizes: list[int]) -> np.ndarray:
@@ -260,7 +287,7 @@ def _structure(c: Checked) -> Row:
 def _jvp(c: Checked) -> Row:
     def verdict(k: int, v: Vector) -> Row:
         reference = lambda steps: c.ladder("value", k, steps).slope()
-        additive = c.additive(v, lambda v: c.values(v).slope())
+        additive = c.additive("value", k)
         forward = lambda s, x, v: s.jvp(x, v)
         return judged("jvp", forward, v, reference, c, c.noise, c.low.where_output, additive)
 
@@ -269,18 +296,27 @@ def _jvp(c: Checked) -> Row:
 
 def _pulled(c: Checked, claim: str, u: Vector, pull: Callable[[Subject, Vector, Vector], Vector]) -> Row:
     """(Jᵀu)·v against the slope of u·f along v; where it fails, bisection finds the entries."""
-    slope = lambda v, steps=STEPS: c.values(v, steps).of(u).slope()
+    tried: list[Vector] = []
+    onto = lambda v: lambda s, x, u: np.atleast_1d(pull(s, x, u) @ v)
+    noise = float(norm(c.noise * u))
 
-    def along(v: Vector, reference: Callable[[np.ndarray], Estimate]) -> Row:
-        noise, additive = float(norm(c.noise * u)), c.additive(v, slope)
-        onto = lambda s, x, u: np.atleast_1d(pull(s, x, u) @ v)
-        return judged(claim, onto, u, reference, c, noise, additive=additive)
+    def verdict(k: int, v: Vector) -> Row:
+        tried.append(v)
+        reference = lambda steps: c.ladder("value", k, steps).of(u).slope()
+        additive = c.additive("value", k, lambda found: found.of(u))
+        return judged(claim, onto(v), u, reference, c, noise, additive=additive)
 
-    row = c.everywhere(lambda k, v: along(v, lambda steps: c.ladder("value", k, steps).of(u).slope()))
+    def within(v: Vector) -> Row:
+        """The same along another direction, without another look at what is resolved at once."""
+        first = c.values(v).of(u).slope()
+        finer = lambda steps: c.values(v, steps).of(u).slope()
+        reference = lambda steps: first if steps is STEPS or resolved(first).all() else finer(steps)
+        return judged(claim, onto(v), u, reference, c, noise)
+
+    row = c.everywhere(verdict)
     if row.status != FAILED:
         return row
-    within = lambda v: along(v, lambda steps: slope(v, steps))
-    found = _located(within, c.directions[0])
+    found = _located(within, tried[-1])
     if not found:
         return row
     entries = {i: within((np.arange(c.low.n) == i).astype(np.float64)) for i in found}
@@ -370,7 +406,7 @@ def _second(c: Checked, claim: str, derivative: Callable[[Subject, Vector, Vecto
 
     def verdict(k: int, v: Vector) -> Row:
         reference = lambda steps: c.ladder("gradient", k, steps).slope()
-        additive = c.additive(v, lambda v: c.gradients(v).slope())
+        additive = c.additive("gradient", k)
         return judged(claim, derivative, v, reference, c, c.slope_noise, c.low.where, additive)
 
     along = lambda s, x, v: np.atleast_1d(derivative(s, x, v) @ c.directions[0])
