@@ -138,7 +138,7 @@ class Subject:
             torch.finfo(dtype).eps for dtype in [leaf.dtype for leaf in self.tree.leaves] + inside.found
         )
         self.largest = float(torch.finfo(self.tree.dtype).max)
-        self.x = self._numpy(self.tree.ravel(self.tree.leaves))
+        self.x = self._numpy(self.tree.ravel(self.tree.leaves)).copy()  # of the caller's own memory
         self.dtype = str(self.tree.dtype).removeprefix("torch.")
         self.compilations: dict[str, Callable[..., Any]] = {}
 
@@ -308,7 +308,7 @@ class Subject:
         return torch.tensor(vector, dtype=self.tree.dtype, device=self.tree.leaves[0].device)
 
     def _numpy(self, array: Any) -> np.ndarray:
-        return array.detach().to(torch.float64).cpu().numpy()
+        return array.double().numpy(force=True)
 
 
 def _derived(mode: str, f: Callable[[Any], Any], v: Any, vector: bool, graph: bool) -> Callable[[Any], Any]:

@@ -50,6 +50,7 @@ class Checked:
         self.x, self.rng = subject.x, np.random.default_rng(seed)
         self.scales = natural_scales(subject.x, subject.sizes)
         self.directions = [self._signs(subject.n) * self.scales for _ in range(directions)]
+        self.full = directions  # of all entries; any others are of a group
         groups = _groups(self.scales, subject.sizes)
         self._ladders: dict[tuple[str, int, int], Ladder] = {}
         self._parts: dict[tuple[str, int], list[tuple[Ladder, Ladder]]] = {}
@@ -83,20 +84,21 @@ class Checked:
         """Values or gradients along direction k, evaluated when first asked for."""
         key = (what, k, id(steps))
         if key not in self._ladders:
-            self._ladders[key] = self._along(what)(self.directions[k], steps)
+            sides = self.ladder(what, 0, steps).sides if 0 < k < self.full else None
+            self._ladders[key] = self._along(what)(self.directions[k], steps, sides)
         return self._ladders[key]
 
     def _along(self, what: str) -> Callable[..., Ladder]:
         return self.gradients if what == "gradient" else self.values
 
-    def values(self, v: Vector, steps: np.ndarray = STEPS) -> Ladder:
+    def values(self, v: Vector, steps: np.ndarray = STEPS, sides: np.ndarray | None = None) -> Ladder:
         """Of f along v, rounded at least as its coarsest operation is."""
-        found = ladder(self.high.value, self.x, v, steps)
+        found = ladder(self.high.value, self.x, v, steps, sides)
         return found if self.high.eps <= EPS else replace(found, least=self.high.eps * np.abs(found.centre))
 
-    def gradients(self, v: Vector, steps: np.ndarray = STEPS) -> Ladder:
+    def gradients(self, v: Vector, steps: np.ndarray = STEPS, sides: np.ndarray | None = None) -> Ladder:
         """Of u·f along v; what is below the rounding of u·f in a natural change of x is rounding."""
-        found = ladder(self.high.gradient, self.x, v, steps)
+        found = ladder(self.high.gradient, self.x, v, steps, sides)
         if self.high.eps > EPS:
             found = replace(found, least=self.high.eps * np.abs(found.centre))
         return replace(found, natural=self.magnitude / np.where(self.scales > 0, self.scales, 1.0))

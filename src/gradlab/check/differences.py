@@ -192,11 +192,15 @@ def _nonzero(raw: np.ndarray, rounding: np.ndarray, steps: np.ndarray) -> np.nda
     return np.where(np.abs(limit) > 10 * error, np.abs(limit), 0.0)
 
 
-def ladder(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS) -> Ladder:
+def ladder(
+    g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS, sides: np.ndarray | None = None
+) -> Ladder:
     """Evaluate g around x along v, which should be as large as a natural change of x.
 
+    The `sides` of a ladder along another direction, in which as much of x changes, serve for this one too.
+
     Cost:
-        2 evaluations of g a step, and 17 for its noise: 45 in all.
+        2 evaluations of g a step, and 17 for its noise: 45 in all; 16 less where `sides` are given.
 
     Source:
         Ridders, Advances in Engineering Software 4 (1982), doi:10.1016/S0141-1195(82)80057-0; noise as in
@@ -211,9 +215,10 @@ def ladder(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS)
             return np.full_like(centre, np.nan)
 
     with np.errstate(all="ignore"):
-        sides = [[near(side * i * spacing) for i in range(1, 9)] for side in (-1, 1)]
+        if sides is None:
+            sides = np.array([[near(side * i * spacing) for i in range(1, 9)] for side in (-1, 1)])
         plus, minus = ([near(side * h) for h in steps] for side in (1, -1))
-        return Ladder(steps, centre, np.stack(plus), np.stack(minus), np.array(sides))
+        return Ladder(steps, centre, np.stack(plus), np.stack(minus), sides)
 
 
 def directional(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS) -> Estimate:

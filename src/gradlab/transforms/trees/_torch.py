@@ -163,7 +163,8 @@ class Tree:
     def ravel(self, leaves: Leaves) -> Any:
         """One flat vector (behind any leading axis) from leaves."""
         lead = leaves[0].shape[: leaves[0].ndim - self.leaves[0].ndim]
-        return torch.cat([leaf.reshape(*lead, n) for leaf, n in zip(leaves, self.sizes, strict=True)], dim=-1)
+        rows = [leaf.reshape(*lead, n) for leaf, n in zip(leaves, self.sizes, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
     def split(self, flat: Any) -> Leaves:
         """Leaves from one flat vector (behind any leading axis)."""
