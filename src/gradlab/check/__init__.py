@@ -81,9 +81,9 @@ def derivatives(
 
     Cost:
         45 evaluations of f along the first direction and 29 along another one, shared by all claims of first
-        order, and as many gradients for those of second order; besides one derivative a claim and direction. Does not grow with the
-        number of parameters. A row is evaluated again where its error needs an explanation. Exploration
-        checks 200 points, without vmap and compilation.
+        order, and as many gradients for those of second order; besides one derivative a claim and direction.
+        Does not grow with the number of parameters. A row is evaluated again where its error needs an
+        explanation. Exploration checks 200 points, without vmap and compilation.
         Entries of a direction have sizes between 0.5 and 1.5, so that one wrong entry among n shifts the
         slope by at least half of its fault, and is missed only where that is below 10 ε (ε is 1e-13 of a
         smooth slope) or half of the digits of the whole slope (1.5e-8 in float64); or where faults cancel
