@@ -151,6 +151,18 @@ def test_float32_is_judged_in_float64(fw):
     assert check.batch_independent(weak, *low)["losses"].status == "failed"
 
 
+def test_a_small_loss_beside_large_ones(fw):
+    size = fw.array(10.0 ** np.linspace(-6, 4, B))
+    alone = lambda p, b: size * (1 + fw.xp.tanh(logits(p, b["x"]).sum(-1)) ** 2)
+    first = fw.array(np.eye(B)[0])
+    mixed = lambda p, b: alone(p, b) * (1 + 1e-6 * first * fw.xp.tanh(b["x"]).mean())
+    assert check.batch_independent(alone, *given(fw)).passed
+    report = check.batch_independent(mixed, *given(fw))
+    assert report["losses"].status == report["gradients"].status == "failed"
+    assert report["losses"].where.startswith("example 0 by")
+    assert report["losses"].error < 1e-10  # of a loss of 1e-6
+
+
 def test_cancellation_is_no_influence(fw):
     wide = arrays(fw, {"x": X * 10.0 ** np.arange(-3, 3)[:, None]})
     cancelling = lambda p, b: ((1e6 + logits(p, b["x"])) - 1e6).sum(-1) ** 2

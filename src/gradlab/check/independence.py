@@ -40,6 +40,7 @@ class Batch:
     owner: np.ndarray
     size: int
     weights: Vector  # of the losses in the gradient
+    scale: Vector  # of each loss, in units of which it is looked at, beside losses of other sizes
     rng: np.random.Generator
 
     @property
@@ -65,15 +66,18 @@ class Batch:
             together = lambda s, x, u: get(s, x, u) + get(s, swapped(x, acting, watched), u)
             apart = lambda s, x, u: get(s, swapped(x, acting), u) + get(s, swapped(x, watched), u)
             return together, apart, u
-        of = np.repeat(np.arange(self.size), self.weights.size // self.size)
-        seen = np.flatnonzero(np.isin(of, watched))
-        get, u = self._getter(claim, seen), np.where(np.isin(of, watched), self.weights, 0.0)
+        seen = self._outputs(watched)
+        get, u = self._getter(claim, np.flatnonzero(seen)), np.where(seen, self.weights / self.scale, 0.0)
         return lambda s, x, u: get(s, swapped(x, acting), u), get, u
 
     def _getter(self, claim: str, seen: np.ndarray) -> Derivative:
         if claim == "losses":
-            return lambda s, x, u: s.value(x)[seen]
+            return lambda s, x, u: s.value(x)[seen] / self.scale[seen]
         return lambda s, x, u: s.vjp(x, u)[self.owner < 0]
+
+    def _outputs(self, examples: np.ndarray) -> np.ndarray:
+        """Which of the losses are those of these examples."""
+        return np.isin(np.repeat(np.arange(self.size), self.weights.size // self.size), examples)
 
     def halves(self) -> Iterator[Pair]:
         """Splits of the batch that part every two examples, in both roles."""
@@ -116,7 +120,8 @@ class Batch:
         acting, watched = pair
         watched = narrowed(watched, lambda half: effect(acting, half))
         acting = narrowed(acting, lambda half: effect(half, watched))
-        change = effect(acting, watched)
+        unit = 1.0 if self.subject.scalar else float(self.scale[self._outputs(watched)].max())
+        change, rounding = unit * effect(acting, watched), unit * rounding
         what = "the loss" if row.claim == "losses" else "the gradient of the loss"
         message = f"{what} of {_named(watched)} changes by {change:.1e} when {_named(acting)} is replaced"
         if self.subject.scalar:
@@ -125,7 +130,7 @@ class Batch:
             message += f", by {change:.1e}"
         message += f" (rounding: {rounding:.1e})"
         where = f"{_named(watched)} by {_named(acting)}"
-        return replace(row, error=change, where=where, message=message)
+        return replace(row, error=change, uncertainty=rounding / FACTOR, where=where, message=message)
 
 
 def _named(examples: np.ndarray) -> str:
@@ -161,9 +166,11 @@ def report(
         [np.full(whole.n - sum(sizes), -1)] + [np.repeat(np.arange(size), n // size) for n in sizes]
     )
     rng = np.random.default_rng(seed)
-    outputs = whole.value(whole.x).size
-    weights = rng.choice([-1.0, 1.0], size=outputs) * rng.uniform(0.5, 1.5, size=outputs)
-    b = Batch(whole, owner, size, weights, rng)
+    losses = np.abs(whole.value(whole.x))
+    weights = rng.choice([-1.0, 1.0], size=losses.size) * rng.uniform(0.5, 1.5, size=losses.size)
+    largest = 1.0 if whole.scalar else losses.max() or 1.0
+    scale = np.ones(1) if whole.scalar else np.maximum(losses, whole.eps * largest)
+    b = Batch(whole, owner, size, weights, scale, rng)
     others = _replacements(b, [tools.kind(leaf) for _, leaf in leaves], sizes)
     return Independence(
         framework, subject.dtype, [first, *(b.verdict(c, others) for c in ("losses", "gradients"))]
