@@ -84,6 +84,17 @@ def test_a_wrong_rule_raises_an_alarm_and_a_slow_case_is_skipped():
     assert "more than 0.2 s" in audit.audited("torch", slow, 0.2)["skipped"]
 
 
+def test_a_case_that_hangs_is_ended_and_written_down(tmp_path, monkeypatch):
+    """XLA does not let go of a loop for a signal's handler; what runs after it is the next case."""
+    worker = tmp_path / "python"
+    case = json.dumps({"number": 0, "of": 1, "name": "hangs"})
+    worker.write_text(f"#!/bin/sh\n[ $4 = 1 ] && exit 0\necho '{case}'\nexec sleep 60\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(audit.sys, "executable", str(worker))
+    audit.run("torch", tmp_path / "lines", 0.1, lambda *_: None)
+    assert json.loads((tmp_path / "lines").read_text())["skipped"] == "ended its process, status -9"
+
+
 @pytest.mark.parametrize("framework", sorted({name.split()[0] for name in TABLE}))
 def test_the_page_is_made_from_the_table(framework):
     page = (ROOT / f"docs/{framework}_known_wrong.md").read_text()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 from gradlab.check.report import FAILED, PASSED
@@ -117,16 +118,21 @@ def run(framework: str, out: Path, seconds: float, tell: Callable[[int, int, str
             out.open("a") as file,
         ):
             assert child.stdout is not None
+            watch = Timer(0.0, child.kill)
             for line in child.stdout:
                 if not line.startswith("{"):
                     continue
                 found = json.loads(line)
+                watch.cancel()
                 if "number" in found:
                     current = found
+                    watch = Timer(2 * seconds, child.kill)  # a hung loop of XLA heeds no signal but this one
+                    watch.start()
                     tell(found["number"], found["of"], found["name"])
                 else:
                     current, done = None, done + 1
                     print(json.dumps(found), file=file, flush=True)
+            watch.cancel()
             status = child.wait()
             if current is None:
                 if status:
