@@ -4,7 +4,7 @@
 
 Each mutant is an autograd.Function that runs the operator and changes the gradient it gives by a little; one
 that gives the operator's own gradient, up to its rounding, is not counted. Expected: `check.derivatives` finds
-at least 99.5 %, gradcheck about 80 %, its fast mode about 70 %; with `clock`, a check of a right operator in
+at least 99.5 %, gradcheck 57 %, its fast mode 47 %; with `clock`, a check of a right operator in
 at most 60 ms at first order (median, after warm-up); one line in results/mutants.jsonl.
 """
 
@@ -32,7 +32,7 @@ from gradlab.bench.console import console as terminal
 from gradlab.bench.record import append, environment
 from gradlab.check.report import FAILED
 
-PRESETS = {"smoke": (12, 5), "paper": (190, 3), "clock": (190, 0)}  # operators, mutants of each
+PRESETS = {"smoke": (12, 5), "paper": (190, 4), "clock": (190, 0)}  # operators, mutants of each
 KINDS = ("scale", "sign", "term", "bfloat16", "noise")
 CHECKERS = ("gradlab", "gradcheck", "gradcheck, fast")
 LIMIT = 120.0  # seconds for a check
@@ -98,12 +98,14 @@ def mutant(f: Callable[[Leaves], Leaves], rule: Callable[..., Leaves]) -> Callab
 def mutations(operator: Operator, count: int, rng: np.random.Generator) -> Iterator[Mutation]:
     """Mutations of all kinds in turn, at random places, that change the gradient by more than its rounding.
 
-    There are none where an output is not in float64, which gradcheck does not judge, or all are empty.
+    There are none where an output is in another precision, which gradcheck does not judge, or all are empty.
     """
     f, x = operator.f, operator.x
     random = lambda leaf: torch.tensor(rng.normal(size=leaf.shape), dtype=leaf.dtype)
     y = f(x)
-    if any(leaf.dtype != torch.float64 for leaf in y) or not any(leaf.numel() for leaf in y):
+    if any(leaf.dtype not in (torch.float64, torch.complex128) for leaf in y) or not any(
+        leaf.numel() for leaf in y
+    ):
         return  # gradcheck wants nothing less
     u = tuple(map(random, y))
     exact = pulled(f, x, u)
