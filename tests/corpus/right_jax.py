@@ -726,7 +726,7 @@ def a_branch_in_python():
 def as_many_terms_as_python_says():
     def f(x):
         y, k = x, 0
-        while float(jnp.abs(y).max()) < 50 and k < 12:
+        while jnp.abs(y).max() < 50 and k < 12:
             y, k = y * 1.5 + jnp.sin(y), k + 1
         return y.sum()
 
