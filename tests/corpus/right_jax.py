@@ -1045,3 +1045,53 @@ def a_partial_function():
 @right()
 def third_order_of_a_rational_function():
     return lambda x: (x / (1 + x**2)).sum() * x[0], even(4), THIRD_ORDER
+
+
+# One precision alone, or one that f's own constants have: what float64 run there is has to be found.
+
+
+def only(dtype, f):
+    def kernel(x):
+        if x.dtype != dtype:
+            raise TypeError(f"this kernel takes {dtype}")
+        return f(x)
+
+    return kernel
+
+
+@right()
+def a_convolution_in_float32_alone():
+    kernel = normal(3, seed=1, dtype=np.float32)
+    f = only(np.float32, lambda x: jnp.tanh(jnp.convolve(x, kernel)).sum())
+    return f, normal(40, dtype=np.float32)
+
+
+@right()
+def a_recurrent_cell_with_a_carry_in_float32():
+    cell = eqx.nn.GRUCell(3, 4, key=jax.random.key(0), dtype=jnp.float32)
+    data, start = normal(5, 3, dtype=np.float32), jnp.zeros(4, np.float32)
+    return lambda cell: lax.scan(lambda h, x: (cell(x, h), h), start, data)[0].sum(), cell
+
+
+@right()
+def a_determinant_with_a_constant_in_float32():
+    f = lambda X: jnp.linalg.slogdet(X @ X.T + 0.01 * jnp.eye(6, dtype=np.float32))[1]
+    return f, normal(6, 6, dtype=np.float32)
+
+
+@right()
+def a_staircase_of_rounding_in_float32():
+    return lambda x: jnp.sin((1 + x) - 1).sum() * 1e3, array(1e-5, 2e-5, dtype=np.float32)
+
+
+@right()
+def random_numbers_of_the_dtype():
+    key = jax.random.key(0)
+    return lambda x: jnp.tanh(x + 0.1 * jax.random.normal(key, x.shape, x.dtype)).sum(), normal(
+        30, dtype=np.float32
+    )
+
+
+@right()
+def an_integer_beside_the_floats():
+    return lambda x: {"y": jnp.sin(x), "largest": jnp.argmax(x)}, normal(5)

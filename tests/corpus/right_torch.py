@@ -1,6 +1,7 @@
 """torch functions whose derivatives are right, however hard that is to see: no checker may raise an alarm."""
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -1064,3 +1065,43 @@ def bilinear_sampling():
     image = normal(1, 1, 5, 5)
     f = lambda grid: functional.grid_sample(image, grid[None], align_corners=True).square().sum()
     return f, 0.8 * torch.tanh(normal(3, 2, 2)), {"order": 1}
+
+
+# One precision alone: a kernel that takes nothing else, so that there is no float64 run to judge by.
+
+
+def only(dtype, f):
+    def kernel(x):
+        if x.dtype != dtype:
+            raise RuntimeError(f"this kernel takes {dtype}")
+        return f(x)
+
+    return kernel
+
+
+@right()
+def a_convolution_in_float32_alone():
+    kernel = normal(1, 1, 3, seed=1, dtype=torch.float32)
+    f = only(torch.float32, lambda x: functional.conv1d(x[None, None], kernel).tanh().sum())
+    return f, normal(40, dtype=torch.float32)
+
+
+@right()
+def a_recurrence_in_float32_alone():
+    f = lambda x: reduce(lambda h, _: torch.tanh(1.5 * h + x), range(20), x).sum()
+    return only(torch.float32, f), normal(8, dtype=torch.float32)
+
+
+@right("inconclusive")
+def a_staircase_of_rounding_in_float32():
+    return lambda x: ((1 + x) - 1).sin().sum() * 1e3, single(1e-5, 2e-5)
+
+
+@right("inconclusive")
+def a_sum_in_bfloat16_alone():
+    return only(torch.bfloat16, lambda x: torch.tanh(x).sum()), normal(20, dtype=torch.bfloat16)
+
+
+@right()
+def an_integer_beside_the_floats():
+    return lambda x: {"y": x.sin(), "largest": torch.argmax(x)}, normal(5)

@@ -1027,3 +1027,14 @@ def a_fallback_where_values_are_not_known():
         return sum(x**k / np.prod(np.arange(1.0, k + 1)) for k in range(terms(x))).sum()
 
     return f, array(0.5, 1.2, -2.0)
+
+
+@wrong("vjp linear", innocent=("vjp",))
+def small_cotangents_are_dropped():
+    return pulled(jnp.sin, lambda x, u: jnp.where(jnp.abs(u) < 1e-3, 0.0, u * jnp.cos(x))), normal(6)
+
+
+@wrong("vjp")
+def a_fifth_in_float16_at_an_extremum():
+    factor = lambda x: jnp.asarray(1.2 if x.dtype == np.float16 else 1.0, x.dtype)
+    return pulled(jnp.sin, lambda x, u: factor(x) * u * jnp.cos(x)), normal(20, dtype=np.float16)

@@ -1190,3 +1190,14 @@ def branch_not_taken_gives_nan():
 def flat_function_at_zero():
     """exp(-1/x²) is flat at zero, where its formula gives 0 times infinity."""
     return lambda x: torch.exp(-1 / x**2).sum(), double(0.0, 0.7), {"order": 1}
+
+
+@wrong("vjp linear", innocent=("vjp",))
+def small_cotangents_are_dropped():
+    return rule(torch.sin, lambda u, x: torch.where(u.abs() < 1e-3, 0.0, u * torch.cos(x))), normal(6)
+
+
+@wrong("vjp")
+def a_fifth_in_float16_at_an_extremum():
+    factor = lambda x: 1.2 if x.dtype == torch.float16 else 1.0
+    return rule(torch.sin, lambda u, x: factor(x) * u * torch.cos(x)), normal(20, dtype=torch.float16)

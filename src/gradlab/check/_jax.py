@@ -13,7 +13,7 @@ import numpy as np
 import gradlab.jax as gl
 from gradlab._typing import Leaves
 from gradlab.check.claims import POINTS, SEEDS, entry_name
-from gradlab.transforms.linearised._jax import equations
+from gradlab.transforms.linearised._jax import inside
 from gradlab.transforms.trees._jax import Tree, tree_function
 
 OP = "check.derivatives"
@@ -56,13 +56,27 @@ def _evaluated(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -
         inputs, params = [read(v) for v in equation.invars], equation.params
         if equation.primitive.name in ("jit", "pjit"):
             results = _evaluated(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs)
+        elif equation.primitive.name == "scan":
+            results = _scanned(params, inputs)
         elif any(hasattr(getattr(p, "jaxpr", p), "eqns") for p in jax.tree.leaves(list(params.values()))):
-            raise NotImplementedError(equation.primitive.name)  # a loop, a custom rule
+            raise NotImplementedError(equation.primitive.name)  # a while loop, a custom rule
         else:
             results = equation.primitive.bind(*inputs, **{k: _wide_dtype(p) for k, p in params.items()})
         results = results if isinstance(results, (list, tuple)) else [results]
         known.update(zip(equation.outvars, _widened(list(results)), strict=True))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _scanned(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
+    start, many = params["num_consts"], params["num_carry"]
+    held, carry, xs = inputs[:start], inputs[start : start + many], inputs[start + many :]
+
+    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        found = _evaluated(params["jaxpr"].jaxpr, params["jaxpr"].consts, [*held, *carry, *xs])
+        return found[:many], found[many:]
+
+    carry, ys = jax.lax.scan(body, carry, xs, params["length"], params["reverse"])
+    return [*carry, *ys]
 
 
 def _wide_dtype(value: Any) -> Any:
@@ -96,10 +110,22 @@ def _widened_leaf(leaf: Any) -> Any:
 
 
 def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..., Any], Any]:
-    """f and x with complex arrays as pairs of reals on a last axis: each framework's convention cancels."""
+    """f and x with complex arrays as pairs of reals on a last axis: each framework's convention cancels.
+
+    What f returns beside floats (integers, strings) is left out.
+    """
     pairs = lambda leaf: jnp.stack([leaf.real, leaf.imag], -1) if _complex(leaf) else leaf
     leaves, structure = jax.tree.flatten(x)
     which = [_complex(leaf) for leaf in leaves]
+
+    def floats(y: Any) -> Any:
+        leaves = jax.tree.leaves(y)
+        kept = [
+            z
+            for z in leaves
+            if isinstance(z, (jax.Array, np.ndarray)) and jnp.issubdtype(z.dtype, jnp.inexact)
+        ]
+        return jax.tree.map(pairs, y if len(kept) in (0, len(leaves)) else kept)
 
     def real(x: Any, *args: Any) -> Any:
         given = jax.tree.leaves(x)
@@ -108,8 +134,8 @@ def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..
         ]
         y = f(jax.tree.unflatten(structure, joined), *args)
         if has_aux and isinstance(y, tuple) and len(y) == 2:
-            return jax.tree.map(pairs, y[0]), y[1]
-        return jax.tree.map(pairs, y)
+            return floats(y[0]), y[1]
+        return floats(y)
 
     return real, jax.tree.map(pairs, x)
 
@@ -304,7 +330,11 @@ def _precisions(f: Callable[..., Any], leaves: Sequence[Any]) -> list[Any]:
         jaxpr = jax.make_jaxpr(lambda leaves: f(leaves)[0])(list(leaves)).jaxpr
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         return found  # f looks at its values
-    results = (variable.aval for equation in equations(jaxpr) for variable in equation.outvars)
+    moving, results = set(jaxpr.invars), []  # constants that f makes for itself are as exact as they are
+    for equation in jaxpr.eqns:
+        if not moving.isdisjoint(v for v in equation.invars if not hasattr(v, "val")):
+            moving.update(equation.outvars)
+            results += [v.aval for e in (equation, *inside(equation)) for v in e.outvars]
     found += [aval.dtype for aval in results if hasattr(aval, "dtype")]
     return [dtype for dtype in found if jnp.issubdtype(dtype, jnp.inexact)]
 

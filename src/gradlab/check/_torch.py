@@ -82,7 +82,10 @@ def _widened(leaf: Any) -> Any:
 
 
 def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..., Any], Any]:
-    """f and x with complex tensors as pairs of reals on a last axis: each framework's convention cancels."""
+    """f and x with complex tensors as pairs of reals on a last axis: each framework's convention cancels.
+
+    What f returns beside floats (integers, None) is left out.
+    """
     pairs = lambda leaf: torch.stack([leaf.real, leaf.imag], -1) if _complex(leaf) else leaf
     leaves, structure = flatten(x)
     which = [_complex(leaf) for leaf in leaves]
@@ -91,14 +94,19 @@ def real_form(f: Callable[..., Any], x: Any, has_aux: bool) -> tuple[Callable[..
         leaves, structure = flatten(tree)
         return unflatten(structure, list(map(pairs, leaves))) if any(map(_complex, leaves)) else tree
 
+    def floats(y: Any) -> Any:
+        leaves, _ = flatten(y)
+        kept = [z for z in leaves if _complex(z) or (isinstance(z, torch.Tensor) and z.is_floating_point())]
+        return paired(y if len(kept) in (0, len(leaves)) else kept)
+
     def real(x: Any, *args: Any) -> Any:
         if any(which):
             given = zip(which, flatten(x)[0], strict=True)
             x = unflatten(structure, [torch.complex(z[..., 0], z[..., 1]) if c else z for c, z in given])
         y = f(x, *args)
         if has_aux and isinstance(y, tuple) and len(y) == 2:
-            return paired(y[0]), y[1]
-        return paired(y)
+            return floats(y[0]), y[1]
+        return floats(y)
 
     return real, paired(x)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import norm
 
-from gradlab.check.differences import EPS, STEPS, Estimate, Ladder, joined, ladder
+from gradlab.check.differences import STEPS, Estimate, Ladder, joined, ladder
 from gradlab.check.judge import (
     FACTOR,
     RESOLUTION,
@@ -34,6 +34,8 @@ GROUPS = 6  # directions of one leaf alone; more leaves are put together in so m
 HESSIAN_ENTRIES = 8  # the dense Hessian is checked up to this many entries of x
 EVALUATIONS = 5  # at the same point, which a random function does not survive
 LOCATED = 3  # wrong entries that are named
+SIZES = {True: (300.0, 2.0**20), False: (64.0,)}  # of cotangents, in float32 and above, and below
+NOISES = 1000.0  # times the noise of an output, which a small slope must not bring out
 MODES = ("forward", "reverse")
 POINTS = np.array([1.0, 1.01, 0.98])  # multiples of x that are mapped over
 SEEDS = np.array([1.0, -1.5, 0.75])  # and of a direction or cotangent, at one x
@@ -92,15 +94,12 @@ class Checked:
         return self.gradients if what == "gradient" else self.values
 
     def values(self, v: Vector, steps: np.ndarray = STEPS, sides: np.ndarray | None = None) -> Ladder:
-        """Of f along v, rounded at least as its coarsest operation is."""
-        found = ladder(self.high.value, self.x, v, steps, sides)
-        return found if self.high.eps <= EPS else replace(found, least=self.high.eps * np.abs(found.centre))
+        """Of f along v."""
+        return ladder(self.high.value, self.x, v, steps, sides, self.high.eps)
 
     def gradients(self, v: Vector, steps: np.ndarray = STEPS, sides: np.ndarray | None = None) -> Ladder:
         """Of u·f along v; what is below the rounding of u·f in a natural change of x is rounding."""
-        found = ladder(self.high.gradient, self.x, v, steps, sides)
-        if self.high.eps > EPS:
-            found = replace(found, least=self.high.eps * np.abs(found.centre))
+        found = ladder(self.high.gradient, self.x, v, steps, sides, self.high.eps)
         return replace(found, natural=self.magnitude / np.where(self.scales > 0, self.scales, 1.0))
 
     @cached_property
@@ -131,7 +130,7 @@ class Checked:
         first = self.ladder("value", 0, STEPS)
         estimate = first.slope()
         slope = np.nan_to_num(np.abs(estimate.value))
-        size = np.maximum(slope, 1e-4 * np.abs(first.centre))
+        size = np.maximum.reduce([slope, 1e-4 * np.abs(first.centre), NOISES * self.noise])
         known = slope > 10 * estimate.uncertainty  # rounding must not be blown up to count
         largest = size.max(initial=0.0)
         size = np.where(known, np.maximum(size, max(1e-8, self.low.eps) * largest), largest)
@@ -355,7 +354,7 @@ def _linear(u: Vector, c: Checked) -> Row:
             lambda s, x, u: pull(s, x, 0.37 * u + 1.91 * w),
             lambda s, x, u: 0.37 * pull(s, x, u) + 1.91 * pull(s, x, w),
         ),
-        *map(scaled, (-1.0, 300.0, 0.003)),
+        *map(scaled, (-1.0, *(factor for a in SIZES[c.low.eps < 1e-4] for factor in (a, 1 / a)))),
         (
             lambda s, x, u: np.where(np.isfinite(pull(s, x, u)), pull(s, x, 0 * u), 0),
             lambda s, x, u: np.zeros_like(x),
@@ -448,10 +447,13 @@ def _nest(how: str, c: Checked) -> Row:
 
     def verdict(k: int, v: Vector) -> Row:
         def reference(steps: np.ndarray) -> Estimate:
-            if not third:
-                return c.ladder("value", k, steps).of(c.high.weights).curvature()
-            gradients = c.ladder("gradient", k, steps)
-            return (gradients.of(v) if scalar else gradients).curvature()
+            gradients = lambda: c.ladder("gradient", k, steps)
+            if third:
+                return (gradients().of(v) if scalar else gradients()).curvature()
+            found = c.ladder("value", k, steps).of(c.high.weights).curvature()
+            if steps is STEPS or resolved(found).all():
+                return found
+            return found.confirmed(gradients().of(v).slope())  # which the vjp's row has judged
 
         if scalar:
             return judged(how, derivative, v, reference, c, c.weighted_noise)

@@ -23,6 +23,7 @@ SECOND_STEPS = 0.3 * 1.7 ** -np.arange(44)  # another grid, and finer: what the 
 EVEN, ODD = (2, 4, 6, 8, 10, 12), (1, 3, 5, 7)  # error terms of central differences, and of their asymmetry
 SPACING, FINE_SPACING = 2.0**-22, 2.0**-36  # of the neighbours from which noise is measured, on either grid
 EPS = float(np.finfo(np.float64).eps)
+LEAST = 8  # steps smaller than so many eps are rounding
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Estimate:
         noise: the measured noise of the function, per output, shape (m,).
         size: the magnitude of the function at the point, and of its change over the ladder, shape (m,);
             a hundred times that for second differences, which resolve so much less.
+        eps: of the function's precision.
     """
 
     value: np.ndarray
@@ -47,6 +49,7 @@ class Estimate:
     step: np.ndarray
     noise: np.ndarray
     size: np.ndarray
+    eps: float = EPS
 
     def confirmed(self, other: Estimate) -> Estimate:
         """The better of two, per output; where they contradict one another, no better than their distance.
@@ -74,7 +77,7 @@ def joined(parts: list[Estimate]) -> Estimate:
     names = ("value", "uncertainty", "step", "noise", "size")
     joint = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     raw = np.concatenate([part.raw for part in parts], axis=1)
-    return Estimate(steps=parts[0].steps, raw=raw, **joint)
+    return Estimate(steps=parts[0].steps, raw=raw, eps=parts[0].eps, **joint)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Ladder:
         steps: the ladder, shape (k,), in units of the direction.
         centre, plus, minus: the values, shapes (m,), (k, m), (k, m).
         sides: eight neighbouring values on either side, shape (2, 8, m), from which noise is measured.
+        eps: of the precision that g runs in.
         least: noise that is known to be there, shape (m,).
         natural: the magnitude below whose rounding g is nothing but rounding, shape (m,).
     """
@@ -94,6 +98,7 @@ class Ladder:
     plus: np.ndarray
     minus: np.ndarray
     sides: np.ndarray
+    eps: float = EPS
     least: np.ndarray | float = 0.0
     natural: np.ndarray | float = 0.0
 
@@ -102,9 +107,8 @@ class Ladder:
         one = lambda values: (values @ u)[..., None]
         with np.errstate(all="ignore"):
             least = np.array([norm(self.noise * u)])
-            return Ladder(
-                self.steps, one(self.centre), one(self.plus), one(self.minus), one(self.sides), least
-            )
+            values = one(self.centre), one(self.plus), one(self.minus), one(self.sides)
+            return Ladder(self.steps, *values, self.eps, least)
 
     @cached_property
     def noise(self) -> np.ndarray:
@@ -118,7 +122,18 @@ class Ladder:
             found = np.fmin(*[table_noise(side) for side in self.sides])
             inside = np.where(self._stuck, self._largest, np.abs(self.centre))
             inside = np.where(self.size == self._natural, self._natural, inside)
-            return np.maximum.reduce([found, EPS * inside, self.least * (self._moved > 0)])
+            known = [found, self.eps * inside, self.least * (self._moved > 0)]
+            if self.eps > EPS:
+                known += [self.eps * (inside + self._moved), self._quantum]  # the rounding of x counts too
+            return np.maximum.reduce(known)
+
+    @property
+    def _quantum(self) -> np.ndarray:
+        """The least change over the ladder, where g does not change over its finest step."""
+        moved = np.abs(np.concatenate([self.plus, self.minus]) - self.centre)
+        least = np.where(moved > 0, moved, np.inf).min(axis=0)
+        flat = (self.plus[-1] == self.centre) & (self.minus[-1] == self.centre)
+        return np.where(flat & np.isfinite(least), least, 0.0)
 
     @property
     def _stuck(self) -> np.ndarray:
@@ -135,13 +150,14 @@ class Ladder:
     @cached_property
     def _rounding(self) -> np.ndarray:
         """Of the values at each step, which may be larger than at the point."""
-        return np.maximum(self.noise, EPS * np.fmax(np.abs(self.plus), np.abs(self.minus)))
+        return np.maximum(self.noise, self.eps * np.fmax(np.abs(self.plus), np.abs(self.minus)))
 
     @cached_property
     def size(self) -> np.ndarray:
         """The magnitude of g at x, or of its change over the ladder."""
         size = np.maximum(np.abs(self.centre), self._moved)
-        return np.where(size < 1000 * EPS * self._natural, self._natural, size)
+        part = 1000 * EPS if self.eps <= EPS else 10 * self.eps
+        return np.where(size < part * self._natural, self._natural, size)
 
     @cached_property
     def _moved(self) -> np.ndarray:
@@ -158,7 +174,9 @@ class Ladder:
         with np.errstate(all="ignore"):
             raw = (self.plus - self.minus) / (2 * h)
             value, error, step = _extrapolated(raw, self._rounding / h, self.steps, EVEN)
-            return Estimate(value, error + self._jump / 2, self.steps, raw, step, self.noise, self.size)
+            return Estimate(
+                value, error + self._jump / 2, self.steps, raw, step, self.noise, self.size, self.eps
+            )
 
     def curvature(self) -> Estimate:
         """d²/dt² g(x + t v) at t = 0; nothing is said where the slope is unknown or jumps, little where this does."""
@@ -169,7 +187,7 @@ class Ladder:
             known = self._slope.uncertainty <= 1e-3 * np.maximum(np.abs(self._slope.value), self.size)
             smooth = (self._jump == 0) & known
             error += np.where(smooth, self._bend() / 2, np.inf)
-        return Estimate(value, error, self.steps, raw, step, self.noise, 100 * self.size)
+        return Estimate(value, error, self.steps, raw, step, self.noise, 100 * self.size, self.eps)
 
     @cached_property
     def _jump(self) -> np.ndarray:
@@ -192,10 +210,21 @@ def _nonzero(raw: np.ndarray, rounding: np.ndarray, steps: np.ndarray) -> np.nda
     return np.where(np.abs(limit) > 10 * error, np.abs(limit), 0.0)
 
 
+def resolvable(steps: np.ndarray, eps: float) -> np.ndarray:
+    """Those steps that the rounding of x leaves; others where they are too few."""
+    kept = steps[steps >= LEAST * eps]
+    return kept if kept.size >= 8 else np.geomspace(0.5, min(LEAST * eps, 0.1), 8)
+
+
 def ladder(
-    g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS, sides: np.ndarray | None = None
+    g: Function,
+    x: np.ndarray,
+    v: np.ndarray,
+    steps: np.ndarray = STEPS,
+    sides: np.ndarray | None = None,
+    eps: float = EPS,
 ) -> Ladder:
-    """Evaluate g around x along v, which should be as large as a natural change of x.
+    """Evaluate g, which runs in a precision of `eps`, around x along v, as large as a natural change of x.
 
     The `sides` of a ladder along another direction, in which as much of x changes, serve for this one too.
 
@@ -206,7 +235,8 @@ def ladder(
         Ridders, Advances in Engineering Software 4 (1982), doi:10.1016/S0141-1195(82)80057-0; noise as in
         Moré and Wild, SIAM J. Sci. Comput. 33 (2011), doi:10.1137/100786125.
     """
-    centre, spacing = g(x), SPACING if steps[-1] > SPACING else FINE_SPACING
+    centre, spacing = g(x), max(SPACING if steps[-1] > SPACING else FINE_SPACING, 2 * eps)
+    steps = resolvable(steps, eps)
 
     def near(h: float) -> np.ndarray:
         try:
@@ -218,7 +248,7 @@ def ladder(
         if sides is None:
             sides = np.array([[near(side * i * spacing) for i in range(1, 9)] for side in (-1, 1)])
         plus, minus = ([near(side * h) for h in steps] for side in (1, -1))
-        return Ladder(steps, centre, np.stack(plus), np.stack(minus), sides)
+        return Ladder(steps, centre, np.stack(plus), np.stack(minus), sides, eps)
 
 
 def directional(g: Function, x: np.ndarray, v: np.ndarray, steps: np.ndarray = STEPS) -> Estimate:

@@ -13,15 +13,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gradlab.check.differences import SECOND_STEPS, STEPS, Estimate
+from gradlab.check.differences import EPS, SECOND_STEPS, STEPS, Estimate
 from gradlab.check.report import FAILED, INCONCLUSIVE, PASSED, UNSUPPORTED, Row
 
 Vector = np.ndarray
 
 FACTOR = 10.0  # an error this many times its reference's uncertainty (and the arithmetic's) is wrong
 RESOLUTION = 1e-2  # what cannot be resolved to this fraction of the derivative is inconclusive
+RESOLUTION_AT_LOW_PRECISION = 0.1  # ... where there is no float64 run
 FLOOR = 1e-6  # ... where it is less than this part of the value's own size
 SMALL = 1e-3  # ... or than this part of the largest entry
+SMALL_AT_LOW_PRECISION = 0.1  # ... again
 ULPS = 100.0  # rounding between two forms of the same numbers that needs no measuring, in units of eps
 
 
@@ -104,7 +106,8 @@ def judged(
         if not (error <= bound).all():
             bound = bound + FACTOR**2 * noise + _spread(derivative, c.high, c, seed, eps=c.low.eps)
         if not (error <= bound).all():
-            note = " (right in float64: imprecise, not wrong)"
+            slight = (error <= max(ULPS * c.low.eps, RESOLUTION) * np.abs(exact).max(initial=0.0)).all()
+            note = f" (right in float64{': imprecise, not wrong' if slight else ''})"
             return _failed(claim, error, bound, low, exact, where, note)
         allowed = allowed + bound
     i = int(np.argmax(error / allowed))
@@ -154,12 +157,12 @@ def agreed(
 
 def resolved(estimate: Estimate) -> np.ndarray:
     """Where differences say enough to judge by."""
-    largest = np.abs(estimate.value).max(initial=0.0)
-    scale = np.maximum.reduce(
-        [np.abs(estimate.value), FLOOR * estimate.size, 0 * estimate.size + SMALL * largest]
-    )
+    part = SMALL if estimate.eps <= EPS else SMALL_AT_LOW_PRECISION
+    largest = np.full_like(estimate.size, part * np.abs(estimate.value).max(initial=0.0))
+    scale = np.maximum.reduce([np.abs(estimate.value), FLOOR * estimate.size, largest])
     known = np.isfinite(estimate.uncertainty)
-    return known & (FACTOR * estimate.uncertainty <= RESOLUTION * scale)
+    part = RESOLUTION if estimate.eps <= EPS else max(RESOLUTION_AT_LOW_PRECISION, 4 * np.sqrt(estimate.eps))
+    return known & (FACTOR * estimate.uncertainty <= part * scale)
 
 
 def _distance(exact: Vector, value: Vector, allowed: Vector) -> Vector:

@@ -77,10 +77,15 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """The operations of a jaxpr, and of those within them."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(value, "jaxpr", value)  # a closed jaxpr holds one
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
+        yield from inside(equation)
+
+
+def inside(equation: Any) -> Iterator[Any]:
+    """The operations within one, of a loop or a function."""
+    for value in jax.tree.leaves(list(equation.params.values())):
+        inner = getattr(value, "jaxpr", value)  # a closed jaxpr holds one
+        if hasattr(inner, "eqns"):
+            yield from equations(inner)
 
 
 def gradient_of(f: Function) -> Callable[[Leaves], tuple[Leaves, Any]]:
