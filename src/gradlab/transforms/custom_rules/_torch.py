@@ -1,0 +1,468 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch._functorch.autograd_function import _add_batch_dim, unwrap_batched
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
+from torch.compiler import is_dynamo_compiling
+from torch.utils import _pytree as pytree
+
+from gradlab._errors import InputError, KindError, StrategyError
+from gradlab.transforms.custom_rules._torch_levels import (
+    differentiating,
+    mixed_batches,
+    tracked,
+    transforming,
+)
+from gradlab.transforms.custom_rules.declared import Declared
+from gradlab.transforms.linearised._torch import materialised
+from gradlab.transforms.trees._torch import flatten, unflatten
+
+
+class Rule(Declared):
+    """What both rules are made of: f with a derivative attached to its value."""
+
+    def __init__(self, f: Callable[..., Any], nondiff_argnums: Sequence[int] = (), *, check: bool = False):
+        super().__init__(f, nondiff_argnums, check=check)
+        # torch.compile keeps this call whole and traces through it with every transform at work; its own
+        # reading of an autograd.Function silently loses the derivatives of torch.func.
+        self.whole = torch.compiler.allow_in_graph(lambda *args: self.differentiable(args))
+
+    def defvmap(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        self.define("defvmap", rule)
+        return rule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or self.static:
+            args = self.positional(args, kwargs)
+        if is_dynamo_compiling():
+            return self.whole(*args)
+        if self.check and not transforming():
+            self.verify(args)
+        return self.differentiable(args)
+
+    def differentiable(self, args: tuple[Any, ...]) -> Any:
+        """f at these arguments, with the rule for its derivative."""
+        call = self.at(args)
+        if not transforming():
+            if torch.is_grad_enabled() and any(x.requires_grad for x in call.arrays):
+                return call.output(Recorded.apply(call, *call.arrays))
+            return call.plain()
+        if not differentiating(call.arrays):
+            return call.batched() if "defvmap" in self.definitions else call.plain()
+        if mixed_batches((self.f, *chain(*self.definitions.values())), call.arrays):
+            raise self.refused("closes over a tensor that is under vmap, and is differentiated outside of it")
+        ys, kept = call.value([x.detach() for x in call.arrays])
+        if any(map(tracked, (*ys, *kept))):
+            raise self.refused(CLOSED)
+        return call.output(Nested.apply(call, *call.arrays, *ys, *kept))
+
+    def refused(self, why: str) -> StrategyError:
+        return StrategyError(f"{self.op}: {self.name} {why}; pass the tensor as an argument")
+
+    def at(self, args: tuple[Any, ...]) -> Call:
+        raise NotImplementedError
+
+
+CLOSED = "closes over a tensor that is being differentiated, and its rule does not know of it"
+
+
+class custom_vjp(Rule):
+    """An autograd.Function whose backward is bwd, and whose forward derivative is bwd transposed."""
+
+    op = "custom_vjp"
+
+    def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
+        self.define("defvjp", fwd, bwd)
+
+    def at(self, args: tuple[Any, ...]) -> Call:
+        self.defined("defvjp")
+        return Pulled(self, args)
+
+
+class custom_jvp(Rule):
+    """An autograd.Function whose forward derivative is the rule, and whose backward is the rule transposed."""
+
+    op = "custom_jvp"
+
+    def defjvp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        self.define("defjvp", rule)
+        return rule
+
+    def at(self, args: tuple[Any, ...]) -> Call:
+        self.defined("defjvp")
+        return Pushed(self, args)
+
+
+class Call:
+    """One call of a rule: its arguments, as tensors and the rest, which is held constant; then its output.
+
+    `value(xs)` are the float outputs and the kept residuals; `pull` is Jᵀ u and `push` J v at given xs,
+    kept residuals and outputs ys.
+    """
+
+    def __init__(self, rule: Rule, args: tuple[Any, ...]):
+        self.rule = rule
+        self.static, self.moving = rule.split(args)
+        self.leaves, self.spec = flatten(self.moving)
+        self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+        self.arrays = [self.leaves[i] for i in self.places]
+        self.width = len(self.arrays)
+
+    def value(self, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        raise NotImplementedError
+
+    def pull(self, xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def put(self, xs: Sequence[Any]) -> tuple[Any, ...]:
+        """All arguments, with `xs` for the tensors."""
+        return self.rule.joined(self.static, self.filled(self.leaves, xs))
+
+    def filled(self, around: Sequence[Any], some: Sequence[Any]) -> tuple[Any, ...]:
+        if len(some) == len(around):
+            return unflatten(self.spec, some)
+        filled = list(around)
+        for i, x in zip(self.places, some, strict=True):
+            filled[i] = x
+        return unflatten(self.spec, filled)
+
+    def keep_output(self, out: Any) -> list[Any]:
+        """The float tensors of f's output; the rest is remembered as it stands."""
+        self.outs, self.out_spec = flatten(out)
+        self.out_places = [i for i, y in enumerate(self.outs) if is_inexact(y)]
+        self.height = len(self.out_places)
+        if self.height == len(self.outs):
+            return list(self.outs)
+        return [self.outs[i] for i in self.out_places]
+
+    def output(self, ys: Sequence[Any], around: Sequence[Any] | None = None) -> Any:
+        """A tree like f's output, with `ys` for its float tensors."""
+        if len(ys) == len(self.outs):
+            return unflatten(self.out_spec, ys)
+        filled = list(self.outs if around is None else around)
+        for i, y in zip(self.out_places, ys, strict=True):
+            filled[i] = y
+        return unflatten(self.out_spec, filled)
+
+    def plain(self) -> Any:
+        """f where no argument is differentiated."""
+        out = self.rule.f(*self.put(self.arrays))
+        if any(y.requires_grad for y in self.keep_output(out)) and not any(
+            x.requires_grad for x in self.arrays
+        ):
+            raise self.rule.refused(CLOSED)
+        return out
+
+    def batched(self) -> Any:
+        """f by its batched form, at the innermost vmap that meets an argument."""
+        if not torch._C._are_functorch_transforms_active():
+            return self.rule.f(*self.put(self.arrays))
+        interpreter = retrieve_current_functorch_interpreter()
+        xs, dims = unwrap_batched(tuple(self.arrays), interpreter.level())
+        with interpreter.lower():
+            if all(d is None for d in dims):
+                return self.rule(*self.put(self.arrays))
+            (rule,) = self.rule.definitions["defvmap"]
+            xs = [x if d is None else x.movedim(d, 0) for x, d in zip(xs, dims, strict=True)]
+            flags = self.filled([False] * len(self.leaves), [d is not None for d in dims])
+            flags = self.rule.joined((False,) * len(self.static), flags)
+            out, batched = rule(interpreter.batch_size(), flags, *self.put(xs))
+        wrap = lambda y, b: _add_batch_dim(y, 0, interpreter.level()) if b else y
+        return pytree.tree_map(wrap, out, batched)
+
+    def name(self, i: int) -> str:
+        """Of tensor number i among the arguments, as in x['w']."""
+        paths = pytree.tree_flatten_with_path(self.moving)[0]
+        (first, *rest), _ = paths[self.places[i]]
+        return self.rule.argument(first.idx) + pytree.keystr(tuple(rest))
+
+
+class Pulled(Call):
+    """A call with a rule for cotangents."""
+
+    def value(self, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        out, residuals = self.run(xs)
+        ys = self.keep_output(out)
+        leaves, self.residual_spec = flatten(residuals)
+        own, kept = {id(y): ("output", j) for j, y in enumerate(ys)}, []
+        own.update({id(x): ("argument", i) for i, x in enumerate(xs)})
+        self.sources: list[tuple[str, Any]] = []
+        for leaf in leaves:
+            source = own.get(id(leaf))
+            if source is None:
+                source = ("kept", len(kept)) if isinstance(leaf, torch.Tensor) else ("constant", leaf)
+                if source[0] == "kept":
+                    kept.append(leaf)
+            self.sources.append(source)
+        return ys, kept
+
+    def run(self, xs: Sequence[Any]) -> tuple[Any, Any]:
+        """fwd."""
+        rule = self.rule
+        fwd, _ = rule.definitions["defvjp"]
+        result = fwd(*self.put(xs))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise InputError(
+                f"{rule.op}: fwd of {rule.name} returned a {type(result).__name__}; return (out, residuals)"
+            )
+        return result
+
+    def pull(self, xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
+        """bwd. Residuals that fwd computed are computed again where they can be differentiated."""
+        if kept and torch.is_grad_enabled():
+            kept = self.computed(xs)
+        return self.cotangents(xs, self.residuals(xs, kept, ys), us)
+
+    def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> list[Any]:
+        """bwd transposed."""
+        residuals = self.residuals(xs, self.computed(xs) if kept else kept, ys)
+        live = [i for i, t in enumerate(ts) if t is not None and is_inexact(xs[i])]
+
+        def pulled(us: list[Any]) -> list[Any]:
+            cts = self.cotangents(xs, residuals, us)
+            return [torch.zeros_like(xs[i]) if cts[i] is None else cts[i] for i in live]
+
+        return transposed(self.rule, "bwd", pulled, ys, [ts[i] for i in live])
+
+    def computed(self, xs: Any) -> list[Any]:
+        """The kept residuals, with their derivatives."""
+        leaves, _ = flatten(self.run(xs)[1])
+        return [leaf for leaf, (kind, _) in zip(leaves, self.sources, strict=True) if kind == "kept"]
+
+    def residuals(self, xs: Any, kept: Any, ys: Any) -> Any:
+        found = {"argument": xs, "output": ys, "kept": kept}
+        leaves = [where if kind == "constant" else found[kind][where] for kind, where in self.sources]
+        return unflatten(self.residual_spec, leaves)
+
+    def cotangents(self, xs: Any, residuals: Any, us: Any) -> list[Any]:
+        """What bwd gives for each tensor, if it fits; None for zero."""
+        rule, n = self.rule, len(self.moving)
+        _, bwd = rule.definitions["defvjp"]
+        given = bwd(*self.static, residuals, self.output(us, [None] * len(self.outs)))
+        if not isinstance(given, (tuple, list)) or len(given) != n:
+            count = (
+                len(given)
+                if isinstance(given, (tuple, list))
+                else f"a {type(given).__name__}, not a tuple, of"
+            )
+            raise InputError(
+                f"{rule.op}: bwd of {rule.name} returned {count} cotangents for {n} arguments; "
+                "return a tuple of one for each argument that is not static, None for zero"
+            )
+        flat = given if len(self.leaves) == n else self.matched(given)
+        cts = [flat[i] for i in self.places]
+        for i, (ct, x) in enumerate(zip(cts, xs, strict=True)):
+            if not is_inexact(x):
+                cts[i] = None
+            elif ct is not None and (
+                type(ct) is not torch.Tensor or ct.shape != x.shape or ct.dtype != x.dtype
+            ):
+                refuse_misfit(rule, "bwd", "cotangent", ct, self.name(i), x)
+        return cts
+
+    def matched(self, given: Any) -> list[Any]:
+        """The leaves of all cotangents, one for each leaf of the arguments; None stands for a tree of zeros."""
+        flat: list[Any] = []
+        for i, (ct, arg) in enumerate(zip(given, self.moving, strict=True)):
+            spec = pytree.tree_structure(arg)
+            parts = [None] * spec.num_leaves if ct is None else pytree.tree_leaves(ct)
+            if len(parts) != spec.num_leaves or (ct is not None and pytree.tree_structure(ct) != spec):
+                raise InputError(
+                    f"{self.rule.op}: bwd of {self.rule.name} returned a cotangent of structure "
+                    f"{pytree.tree_structure(ct)} for {self.rule.argument(i)}, which has {spec}; "
+                    "return one like it, or None"
+                )
+            flat += parts
+        return flat
+
+
+class Pushed(Call):
+    """A call with a rule for tangents."""
+
+    def value(self, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        return self.keep_output(self.rule.f(*self.put(xs))), []
+
+    def pull(self, xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
+        """The rule transposed."""
+        live = [i for i, x in enumerate(xs) if is_inexact(x)]
+
+        def pushed(ts: list[Any]) -> list[Any]:
+            tangents = [None] * len(xs)
+            for i, t in zip(live, ts, strict=True):
+                tangents[i] = t
+            return self.push(xs, kept, ys, tangents)
+
+        cts: list[Any] = [None] * len(xs)
+        moved = transposed(self.rule, "the rule", pushed, [xs[i] for i in live], us)
+        for i, ct in zip(live, moved, strict=True):
+            cts[i] = ct
+        return cts
+
+    def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> list[Any]:
+        """The rule."""
+        rule = self.rule
+        (function,) = rule.definitions["defjvp"]
+        like = zip(xs, ts, strict=True)
+        ts = [torch.zeros_like(x) if t is None and is_inexact(x) else t for x, t in like]
+        _, primals = rule.split(self.put(xs))
+        result = function(*self.static, primals, self.filled([None] * len(self.leaves), ts))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise InputError(
+                f"{rule.op}: the rule of {rule.name} returned a {type(result).__name__}; return (out, tangent)"
+            )
+        out, tangent = result
+        refuse_unlike(rule, "the rule", out, self.output(ys))
+        leaves, spec = pytree.tree_flatten(tangent)
+        if spec != pytree.tree_structure(out):
+            raise InputError(
+                f"{rule.op}: the rule of {rule.name} returned a tangent of structure {spec}, "
+                f"out has {pytree.tree_structure(out)}; return a tangent like out"
+            )
+        moved = [leaves[i] for i in self.out_places]
+        for i, (t, y) in enumerate(zip(moved, ys, strict=True)):
+            refuse_misfit(rule, "the rule", "tangent", t, f"output {self.out_places[i]}", y)
+        return moved
+
+
+class Batched:
+    """The pull and push of a call under one more vmap, whose batch lies on the leading axis."""
+
+    def __init__(self, call: Any, dims: Sequence[int | None], randomness: str):
+        self.call, self.randomness, self.width, self.height = call, randomness, call.width, call.height
+        self.xs, self.kept = list(dims[: self.width]), list(dims[self.width + self.height :])
+
+    def pull(self, xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
+        def one(xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
+            cts = self.call.pull(xs, kept, ys, us)
+            return [torch.zeros_like(x) if ct is None else ct for x, ct in zip(xs, cts, strict=True)]
+
+        cts = self._mapped(one, (self.xs, self.kept, 0, 0), xs, kept, ys, us)
+        cts = [ct if d is not None else ct.sum(0) for ct, d in zip(cts, self.xs, strict=True)]
+        return [ct if is_inexact(ct) else None for ct in cts]
+
+    def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> list[Any]:
+        dims = [None if t is None else d for d, t in zip(self.xs, ts, strict=True)]
+        return self._mapped(self.call.push, (self.xs, self.kept, 0, dims), xs, kept, ys, ts)
+
+    def _mapped(self, one: Callable[..., Any], dims: Any, *trees: Any) -> list[Any]:
+        return torch.func.vmap(one, dims, randomness=self.randomness)(*map(list, trees))
+
+
+class Recorded(torch.autograd.Function):
+    """A call in plain reverse mode."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *xs: Any) -> Any:
+        with torch.enable_grad():  # to see what f closes over
+            ys, kept = call.value([x.detach() for x in xs])
+        tensors = (*ys, *kept)
+        if any(t.requires_grad for t in tensors):
+            raise call.rule.refused(CLOSED)
+        ctx.call = call
+        ctx.save_for_backward(*xs, *tensors)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *us: Any) -> Any:
+        return (None, *ctx.call.pull(*parts(ctx.call, ctx.saved_tensors), us))
+
+
+class Nested(torch.autograd.Function):
+    """A call under torch.func's transforms, and in forward mode: gives outputs ys their derivative."""
+
+    @staticmethod
+    def forward(call: Any, *tensors: Any) -> Any:
+        return tuple(y.view_as(y) for y in tensors[call.width : call.width + call.height])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.call = call = inputs[0]
+        saved = (*inputs[1 : 1 + call.width], *output, *inputs[1 + call.width + call.height :])
+        ctx.count = len(inputs)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *us: Any) -> Any:
+        cts = ctx.call.pull(*parts(ctx.call, ctx.saved_tensors), us)
+        return (None, *cts, *[None] * (ctx.count - 1 - len(cts)))
+
+    @staticmethod
+    def jvp(ctx: Any, *ts: Any) -> Any:
+        """With forward mode switched on, which torch switches off here: a silent 0 in nests (pytorch#197867)."""
+        with _set_fwd_grad_enabled(True):
+            here = [unpack_dual(t, level=0).primal if is_inexact(t) else t for t in ctx.saved_tensors]
+            moved = [None if t is None else materialised(t) for t in ts[1 : 1 + ctx.call.width]]
+            return tuple(ctx.call.push(*parts(ctx.call, here), moved))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Any, *tensors: Any) -> Any:
+        dims = [None if d is None else 0 for d in in_dims[1:]]
+        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims[1:], strict=True)]
+        for i in range(call.width, call.width + call.height):
+            if dims[i] is None:
+                moved[i] = moved[i].expand(info.batch_size, *moved[i].shape)
+        return Nested.apply(Batched(call, dims, info.randomness), *moved), (0,) * call.height
+
+
+def parts(call: Any, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Arguments, kept residuals and outputs, as they are saved."""
+    n, m = call.width, call.width + call.height
+    return tensors[:n], tensors[m:], tensors[n:m]
+
+
+def transposed(rule: Rule, who: str, linear: Callable[..., Any], like: Sequence[Any], at: Any) -> list[Any]:
+    """The transpose at `at` of a linear map of tensors like these: its pullback, taken at ones."""
+    ones = [torch.ones_like(y) for y in like]
+    values, pullback = torch.func.vjp(linear, ones)
+    return list(pullback(list(at))[0])
+
+
+def refuse_misfit(rule: Declared, who: str, kind: str, given: Any, name: str, like: Any) -> None:
+    """Refuse a cotangent or tangent of another kind, shape or dtype."""
+    if not isinstance(given, torch.Tensor):
+        raise KindError(
+            f"{rule.op}: {who} of {rule.name} returned a {type(given).__name__} as {kind} for {name}; "
+            "return a tensor" + (", or None for zero" if kind == "cotangent" else "")
+        )
+    if given.shape != like.shape:
+        raise InputError(
+            f"{rule.op}: {who} of {rule.name} returned a {kind} of shape {tuple(given.shape)} for {name}, "
+            f"which has shape {tuple(like.shape)}; return one of that shape"
+        )
+    if given.dtype != like.dtype:
+        raise KindError(
+            f"{rule.op}: {who} of {rule.name} returned a {kind} of dtype {given.dtype} for {name}, "
+            f"which has dtype {like.dtype}; convert it with .to"
+        )
+
+
+def refuse_unlike(rule: Declared, who: str, out: Any, like: Any) -> None:
+    """Refuse an output of a rule that is not that of f in structure, shape and dtype."""
+    (ys, given), (forms, spec) = pytree.tree_flatten(out), pytree.tree_flatten(like)
+    if given != spec:
+        raise InputError(
+            f"{rule.op}: {who} of {rule.name} returned an output of structure {given}, {rule.name} has {spec}; "
+            "return the same"
+        )
+    for i, (y, form) in enumerate(zip(ys, forms, strict=True)):
+        if isinstance(form, torch.Tensor) and (
+            not isinstance(y, torch.Tensor) or (y.shape, y.dtype) != (form.shape, form.dtype)
+        ):
+            raise InputError(
+                f"{rule.op}: {who} of {rule.name} returned output {i} of shape "
+                f"{tuple(getattr(y, 'shape', ()))} and dtype {getattr(y, 'dtype', type(y).__name__)}, {rule.name} "
+                f"has {tuple(form.shape)} and {form.dtype}; return the same"
+            )
+
+
+def is_inexact(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())

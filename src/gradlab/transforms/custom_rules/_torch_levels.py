@@ -1,0 +1,108 @@
+"""Which of torch's transforms are at work around a rule, and what a rule closes over of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch._C._functorch import (
+    TransformType,
+    _unwrap_for_grad,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_level,
+)
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiating(tensors: Any, below: float = float("inf")) -> bool:
+    """Whether a derivative is being taken: by a transform below that level, or of these tensors."""
+    levels = get_interpreter_stack() or ()
+    forward = any(level.key() == TransformType.Jvp for level in levels)
+    if forward_ad._current_level >= 0 and not forward:  # not opened by torch.func, thus below all of it
+        return True
+    if any(
+        level.key() in (TransformType.Grad, TransformType.Jvp) and level.level() < below for level in levels
+    ):
+        return True
+    return torch.is_grad_enabled() and any(_base(t).requires_grad for t in tensors)
+
+
+def _base(tensor: Any) -> Any:
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
+def tracked(tensor: Any) -> bool:
+    """Whether this tensor is being differentiated with respect to something, at any level."""
+    if tensor.requires_grad:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad._current_level >= 0 and _has_tangent(tensor)
+    interpreter = retrieve_current_functorch_interpreter()
+    key, level = interpreter.key(), interpreter.level()
+    if key == TransformType.Jvp and _has_tangent(tensor):
+        return True
+    if maybe_get_level(tensor) == level:
+        tensor = get_unwrapped(tensor) if is_batchedtensor(tensor) else _unwrap_for_grad(tensor, level)
+    with interpreter.lower():
+        return tracked(tensor)
+
+
+def _has_tangent(tensor: Any) -> bool:
+    return tensor.is_floating_point() and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
+def mixed_batches(functions: Any, tensors: Any) -> bool:
+    """Whether functions close over a tensor under a vmap that is itself being differentiated.
+
+    Run again for a derivative outside of that vmap, they would take its batch for another.
+    """
+    return any(
+        is_batchedtensor(t) and differentiating(tensors, below=maybe_get_level(t))
+        for function in functions
+        for t in closed_over(function)
+    )
+
+
+def closed_over(thing: Any, depth: int = 5) -> Iterator[Any]:
+    """The tensors that a function holds: in its closure, its defaults, its object, and in theirs."""
+    if isinstance(thing, torch.Tensor):
+        while is_functorch_wrapped_tensor(thing):
+            yield thing
+            thing = get_unwrapped(thing)
+        yield thing
+    elif depth and thing is not None and not isinstance(thing, (str, bytes, int, float, complex, type)):
+        held: list[Any] = []
+        if isinstance(thing, partial):
+            held = [thing.func, thing.args, thing.keywords]
+        elif hasattr(thing, "__closure__"):
+            held = [_content(cell) for cell in thing.__closure__ or ()]
+            held += [thing.__defaults__, thing.__kwdefaults__]
+        elif isinstance(thing, (dict, list, tuple, set)):
+            held = pytree.tree_leaves(list(thing) if isinstance(thing, set) else thing)
+        elif hasattr(thing, "__func__"):
+            held = [thing.__func__, thing.__self__]
+        elif hasattr(thing, "__dict__"):
+            held = list(vars(thing).values())
+        for item in held:
+            yield from closed_over(item, depth - 1)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet filled
+        return None
