@@ -17,6 +17,8 @@ from gradlab.transforms.custom_rules.declared import Declared
 class Rule(Declared):
     """What both rules are made of: f with a derivative attached to its value."""
 
+    how = ""  # the method that gives the rule
+
     def defvmap(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         self.define("defvmap", rule)
         return rule
@@ -25,11 +27,15 @@ class Rule(Declared):
         args = self.positional(args, kwargs)
         point = Point(self, args)
         if self.check and not any(isinstance(x, jax.core.Tracer) for x in point.arrays):
+            self.defined(self.how)
+            out, _ = self.begin(point, point.arrays, [zero_tangent(x) for x in point.arrays])
+            refuse_other_value(self, out, self.f(*args))
             self.verify(args)
         return self.differentiable(point)
 
     def differentiable(self, point: Point) -> Any:
         """f at a point, with the rule for its derivative."""
+        self.defined(self.how)
         value, closed = closed_over(self.primal(point), point.arrays)
         valued = jax.custom_jvp(value)
 
@@ -66,31 +72,27 @@ class Rule(Declared):
 class custom_vjp(Rule):
     """A jax.custom_jvp whose tangent is bwd transposed: forward mode exists, and reverse mode transposes it back."""
 
-    op = "custom_vjp"
+    op, how = "custom_vjp", "defvjp"
 
     def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
         self.define("defvjp", fwd, bwd)
 
-    def differentiable(self, point: Point) -> Any:
-        self.defined("defvjp")
-        return super().differentiable(point)
-
     def begin(self, point: Point, xs: Any, txs: Any) -> tuple[Any, Any]:
-        fwd, _ = self.defined("defvjp")
+        fwd, _ = self.definitions["defvjp"]
         result = fwd(*point.put(xs))
         if not isinstance(result, tuple) or len(result) != 2:
             raise InputError(
                 f"{self.op}: fwd of {self.name} returned a {type(result).__name__}; return (out, residuals)"
             )
         out, residuals = result
-        refuse_unlike(self, "fwd", out, jax.eval_shape(lambda xs: self.f(*point.put(xs)), xs))
+        refuse_unlike(self, out, jax.eval_shape(lambda xs: self.f(*point.put(xs)), xs))
         kept, restored = kept_residuals(residuals, xs, out)
         out = attached(partial(self.tangent, point, restored), xs, kept, jax.lax.stop_gradient(out))
         return out, self.tangent(point, restored, xs, kept, out, txs)
 
     def tangent(self, point: Point, restored: Any, xs: Any, kept: Any, out: Any, txs: Any) -> Any:
         """J v, as the transpose of u ↦ Jᵀ u for the arguments that move."""
-        _, bwd = self.defined("defvjp")
+        _, bwd = self.definitions["defvjp"]
         residuals = restored(xs, kept, out)
         ys, spec = jax.tree.flatten(out)
         floats = [i for i, y in enumerate(ys) if is_inexact(y)]
@@ -114,25 +116,21 @@ class custom_vjp(Rule):
 class custom_jvp(Rule):
     """A jax.custom_jvp whose value has the rule for its derivative at every order."""
 
-    op = "custom_jvp"
+    op, how = "custom_jvp", "defjvp"
 
     def defjvp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         self.define("defjvp", rule)
         return rule
 
-    def differentiable(self, point: Point) -> Any:
-        self.defined("defjvp")
-        return super().differentiable(point)
-
     def begin(self, point: Point, xs: Any, txs: Any) -> tuple[Any, Any]:
         out, tangent = self.apply(point, xs, txs)
-        refuse_unlike(self, "the rule", out, jax.eval_shape(lambda xs: self.f(*point.put(xs)), xs))
+        refuse_unlike(self, out, jax.eval_shape(lambda xs: self.f(*point.put(xs)), xs))
         again = lambda xs, _, out, txs: self.apply(point, xs, txs)[1]
         return attached(again, xs, (), jax.lax.stop_gradient(out)), tangent
 
     def apply(self, point: Point, xs: Any, txs: Any) -> tuple[Any, Any]:
         """What the rule gives."""
-        (rule,) = self.defined("defjvp")
+        (rule,) = self.definitions["defjvp"]
         _, primals = self.split(point.put(xs))
         result = rule(*point.static, primals, point.tangents(txs))
         if not isinstance(result, tuple) or len(result) != 2:
@@ -193,7 +191,7 @@ class Point:
 
     def _matched(self, i: int, ct: Any, arg: Any) -> list[Any]:
         """The leaves of one cotangent, one for each leaf of its argument; None stands for a tree of zeros."""
-        spec = jax.tree.structure(arg)
+        spec: Any = jax.tree.structure(arg)
         try:
             parts = spec.flatten_up_to(ct) if ct is not None else [None] * spec.num_leaves
         except (ValueError, TypeError):
@@ -307,10 +305,12 @@ def _position(leaf: Any, leaves: Sequence[Any]) -> int | None:
 
 def fitting_tangent(rule: Declared, out: Any, tangent: Any) -> Any:
     """The tangent a rule gave, if it fits its output."""
-    if jax.tree.structure(tangent) != jax.tree.structure(out):
+    given: Any
+    given, needed = jax.tree.structure(tangent), jax.tree.structure(out)
+    if given != needed:
         raise InputError(
-            f"{rule.op}: the rule of {rule.name} returned a tangent of structure {jax.tree.structure(tangent)}, "
-            f"out has {jax.tree.structure(out)}; return a tangent like out"
+            f"{rule.op}: the rule of {rule.name} returned a tangent of structure {given}, "
+            f"out has {needed}; return a tangent like out"
         )
 
     def fitting(path: Any, y: Any, t: Any) -> Any:
@@ -336,19 +336,34 @@ def refuse_misfit(rule: Declared, who: str, kind: str, given: Any, name: str, li
         )
 
 
-def refuse_unlike(rule: Declared, who: str, out: Any, like: Any) -> None:
+def refuse_unlike(rule: Declared, out: Any, like: Any) -> None:
     """Refuse an output of a rule that is not that of f in structure, shape and dtype."""
-    if jax.tree.structure(out) != jax.tree.structure(like):
+    given: Any
+    given, needed = jax.tree.structure(out), jax.tree.structure(like)
+    if given != needed:
         raise InputError(
-            f"{rule.op}: {who} of {rule.name} returned an output of structure {jax.tree.structure(out)}, "
-            f"{rule.name} has {jax.tree.structure(like)}; return the same"
+            f"{rule.op}: the rule of {rule.name} returned an output of structure {given}, {rule.name} has {needed}; "
+            "return the same"
         )
     for (path, y), form in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(like), strict=True):
-        given = (jnp.shape(y), jnp.result_type(y))
-        if given != (form.shape, form.dtype):
+        form_of_y = (jnp.shape(y), jnp.result_type(y))
+        if form_of_y != (form.shape, form.dtype):
             raise InputError(
-                f"{rule.op}: {who} of {rule.name} returned out{jax.tree_util.keystr(path)} of shape {given[0]} and "
-                f"dtype {given[1]}, {rule.name} has {form.shape} and {form.dtype}; return the same"
+                f"{rule.op}: the rule of {rule.name} returned out{jax.tree_util.keystr(path)} of shape {form_of_y[0]} "
+                f"and dtype {form_of_y[1]}, {rule.name} has {form.shape} and {form.dtype}; return the same"
+            )
+
+
+def refuse_other_value(rule: Declared, out: Any, like: Any) -> None:
+    """Refuse an output of a rule that has other numbers than that of f."""
+    for (path, y), value in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(like), strict=True):
+        if not is_inexact(value):
+            continue
+        tolerance = float(jnp.finfo(jnp.result_type(value)).eps) ** 0.5
+        if not jnp.allclose(y, value, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise InputError(
+                f"{rule.op}: the rule of {rule.name} returned out{jax.tree_util.keystr(path)} with other numbers than "
+                f"{rule.name}; return the same"
             )
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from gradlab._errors import InputError, KindError, StrategyError
 from gradlab.transforms.custom_rules._torch_levels import (
+    concrete,
     differentiating,
     mixed_batches,
     tracked,
@@ -30,6 +31,7 @@ class Rule(Declared):
         super().__init__(f, nondiff_argnums, check=check)
         # torch.compile keeps this call whole and traces through it with every transform at work; its own
         # reading of an autograd.Function silently loses the derivatives of torch.func.
+        self.proven_linear = False  # whether the rule's transpose has been seen to be one
         self.whole = torch.compiler.allow_in_graph(lambda *args: self.differentiable(args))
 
     def defvmap(self, rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,10 +66,17 @@ class Rule(Declared):
     def refused(self, why: str) -> StrategyError:
         return StrategyError(f"{self.op}: {self.name} {why}; pass the tensor as an argument")
 
+    def verify(self, args: tuple[Any, ...]) -> None:
+        with torch.no_grad():
+            call = self.at(args)
+            refuse_unlike(self, call.ruled_output(), self.f(*call.put(call.arrays)))
+        super().verify(args)
+
     def at(self, args: tuple[Any, ...]) -> Call:
         raise NotImplementedError
 
 
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 CLOSED = "closes over a tensor that is being differentiated, and its rule does not know of it"
 
 
@@ -105,12 +114,18 @@ class Call:
     kept residuals and outputs ys.
     """
 
+    by_output = False  # whether a residual is an output
+
     def __init__(self, rule: Rule, args: tuple[Any, ...]):
         self.rule = rule
         self.static, self.moving = rule.split(args)
         self.leaves, self.spec = flatten(self.moving)
-        self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
-        self.arrays = [self.leaves[i] for i in self.places]
+        if PLAIN.issuperset(map(type, self.leaves)):
+            self.places: Sequence[int] = range(len(self.leaves))
+            self.arrays = self.leaves
+        else:
+            self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+            self.arrays = [self.leaves[i] for i in self.places]
         self.width = len(self.arrays)
 
     def value(self, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -119,7 +134,11 @@ class Call:
     def pull(self, xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
         raise NotImplementedError
 
-    def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> list[Any]:
+    def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> Sequence[Any]:
+        raise NotImplementedError
+
+    def ruled_output(self) -> Any:
+        """f's output as the rule has it."""
         raise NotImplementedError
 
     def put(self, xs: Sequence[Any]) -> tuple[Any, ...]:
@@ -136,21 +155,27 @@ class Call:
 
     def keep_output(self, out: Any) -> list[Any]:
         """The float tensors of f's output; the rest is remembered as it stands."""
-        self.outs, self.out_spec = flatten(out)
-        self.out_places = [i for i, y in enumerate(self.outs) if is_inexact(y)]
+        leaves, self.out_spec = flatten(out)
+        self.out_places = [i for i, y in enumerate(leaves) if is_inexact(y)]
         self.height = len(self.out_places)
-        if self.height == len(self.outs):
-            return list(self.outs)
-        return [self.outs[i] for i in self.out_places]
+        ys = [leaves[i] for i in self.out_places]
+        self.around = leaves  # float tensors there would hold their own graph
+        for i in self.out_places:
+            leaves[i] = None
+        return ys
 
-    def output(self, ys: Sequence[Any], around: Sequence[Any] | None = None) -> Any:
-        """A tree like f's output, with `ys` for its float tensors."""
-        if len(ys) == len(self.outs):
+    def output(self, ys: Sequence[Any], others: bool = True) -> Any:
+        """A tree like f's output, with `ys` for its float tensors, and the others as they are, or None."""
+        if len(ys) == len(self.around):
             return unflatten(self.out_spec, ys)
-        filled = list(self.outs if around is None else around)
+        filled = list(self.around) if others else [None] * len(self.around)
         for i, y in zip(self.out_places, ys, strict=True):
             filled[i] = y
         return unflatten(self.out_spec, filled)
+
+    def structure(self) -> Any:
+        """Of f's output."""
+        return pytree.tree_structure(unflatten(self.out_spec, self.around))
 
     def plain(self) -> Any:
         """f where no argument is differentiated."""
@@ -165,7 +190,7 @@ class Call:
         """f by its batched form, at the innermost vmap that meets an argument."""
         if not torch._C._are_functorch_transforms_active():
             return self.rule.f(*self.put(self.arrays))
-        interpreter = retrieve_current_functorch_interpreter()
+        interpreter: Any = retrieve_current_functorch_interpreter()
         xs, dims = unwrap_batched(tuple(self.arrays), interpreter.level())
         with interpreter.lower():
             if all(d is None for d in dims):
@@ -181,7 +206,8 @@ class Call:
     def name(self, i: int) -> str:
         """Of tensor number i among the arguments, as in x['w']."""
         paths = pytree.tree_flatten_with_path(self.moving)[0]
-        (first, *rest), _ = paths[self.places[i]]
+        path: Any = paths[self.places[i]][0]
+        (first, *rest) = path
         return self.rule.argument(first.idx) + pytree.keystr(tuple(rest))
 
 
@@ -192,15 +218,19 @@ class Pulled(Call):
         out, residuals = self.run(xs)
         ys = self.keep_output(out)
         leaves, self.residual_spec = flatten(residuals)
-        own, kept = {id(y): ("output", j) for j, y in enumerate(ys)}, []
+        own = {id(y): ("output", j) for j, y in enumerate(ys)}
         own.update({id(x): ("argument", i) for i, x in enumerate(xs)})
+        kept: list[Any] = []
         self.sources: list[tuple[str, Any]] = []
         for leaf in leaves:
             source = own.get(id(leaf))
             if source is None:
-                source = ("kept", len(kept)) if isinstance(leaf, torch.Tensor) else ("constant", leaf)
-                if source[0] == "kept":
+                source = ("constant", leaf)
+                if isinstance(leaf, torch.Tensor):
+                    source = ("kept", len(kept))
                     kept.append(leaf)
+            elif source[0] == "output":
+                self.by_output = True
             self.sources.append(source)
         return ys, kept
 
@@ -215,13 +245,16 @@ class Pulled(Call):
             )
         return result
 
+    def ruled_output(self) -> Any:
+        return self.run(self.arrays)[0]
+
     def pull(self, xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
         """bwd. Residuals that fwd computed are computed again where they can be differentiated."""
         if kept and torch.is_grad_enabled():
             kept = self.computed(xs)
         return self.cotangents(xs, self.residuals(xs, kept, ys), us)
 
-    def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> list[Any]:
+    def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> Sequence[Any]:
         """bwd transposed."""
         residuals = self.residuals(xs, self.computed(xs) if kept else kept, ys)
         live = [i for i, t in enumerate(ts) if t is not None and is_inexact(xs[i])]
@@ -246,7 +279,7 @@ class Pulled(Call):
         """What bwd gives for each tensor, if it fits; None for zero."""
         rule, n = self.rule, len(self.moving)
         _, bwd = rule.definitions["defvjp"]
-        given = bwd(*self.static, residuals, self.output(us, [None] * len(self.outs)))
+        given = bwd(*self.static, residuals, self.output(us, others=False))
         if not isinstance(given, (tuple, list)) or len(given) != n:
             count = (
                 len(given)
@@ -258,13 +291,14 @@ class Pulled(Call):
                 "return a tuple of one for each argument that is not static, None for zero"
             )
         flat = given if len(self.leaves) == n else self.matched(given)
-        cts = [flat[i] for i in self.places]
-        for i, (ct, x) in enumerate(zip(cts, xs, strict=True)):
+        cts = list(flat) if self.width == len(flat) else [flat[i] for i in self.places]
+        for i, ct in enumerate(cts):
+            x = xs[i]
+            if type(ct) is torch.Tensor and ct.dtype is x.dtype and ct.shape == x.shape:
+                continue
             if not is_inexact(x):
                 cts[i] = None
-            elif ct is not None and (
-                type(ct) is not torch.Tensor or ct.shape != x.shape or ct.dtype != x.dtype
-            ):
+            elif ct is not None:
                 refuse_misfit(rule, "bwd", "cotangent", ct, self.name(i), x)
         return cts
 
@@ -288,7 +322,11 @@ class Pushed(Call):
     """A call with a rule for tangents."""
 
     def value(self, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        return self.keep_output(self.rule.f(*self.put(xs))), []
+        ys = self.keep_output(self.rule.f(*self.put(xs)))
+        return ys, []
+
+    def ruled_output(self) -> Any:
+        return self.run(self.arrays, [None] * self.width)[0]
 
     def pull(self, xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
         """The rule transposed."""
@@ -307,7 +345,22 @@ class Pushed(Call):
         return cts
 
     def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> list[Any]:
-        """The rule."""
+        """The rule's tangent, if it fits."""
+        rule = self.rule
+        out, tangent = self.run(xs, ts)
+        (values, given), (moved, spec) = pytree.tree_flatten(out), pytree.tree_flatten(tangent)
+        if given != spec or given != self.structure():
+            raise InputError(
+                f"{rule.op}: the rule of {rule.name} returned out of structure {given} and a tangent of {spec}, "
+                f"{rule.name} has {self.structure()}; return both like the output of {rule.name}"
+            )
+        moved, values = [moved[i] for i in self.out_places], [values[i] for i in self.out_places]
+        for i, t, y in zip(self.out_places, moved, values, strict=True):
+            refuse_misfit(rule, "the rule", "tangent", t, f"output {i}", y)
+        return moved
+
+    def run(self, xs: Any, ts: Any) -> tuple[Any, Any]:
+        """The rule, with zeros where nothing moves."""
         rule = self.rule
         (function,) = rule.definitions["defjvp"]
         like = zip(xs, ts, strict=True)
@@ -318,18 +371,7 @@ class Pushed(Call):
             raise InputError(
                 f"{rule.op}: the rule of {rule.name} returned a {type(result).__name__}; return (out, tangent)"
             )
-        out, tangent = result
-        refuse_unlike(rule, "the rule", out, self.output(ys))
-        leaves, spec = pytree.tree_flatten(tangent)
-        if spec != pytree.tree_structure(out):
-            raise InputError(
-                f"{rule.op}: the rule of {rule.name} returned a tangent of structure {spec}, "
-                f"out has {pytree.tree_structure(out)}; return a tangent like out"
-            )
-        moved = [leaves[i] for i in self.out_places]
-        for i, (t, y) in enumerate(zip(moved, ys, strict=True)):
-            refuse_misfit(rule, "the rule", "tangent", t, f"output {self.out_places[i]}", y)
-        return moved
+        return result
 
 
 class Batched:
@@ -362,17 +404,21 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *xs: Any) -> Any:
         with torch.enable_grad():  # to see what f closes over
-            ys, kept = call.value([x.detach() for x in xs])
+            ys, kept = call.value(detached := [x.detach() for x in xs])
         tensors = (*ys, *kept)
         if any(t.requires_grad for t in tensors):
             raise call.rule.refused(CLOSED)
         ctx.call = call
-        ctx.save_for_backward(*xs, *tensors)
-        return tuple(ys)
+        ctx.save_for_backward(*xs, *(tensors if call.by_output else kept))
+        same = {id(x): xs[i] for i, x in enumerate(detached)}  # an output that is an argument is a view of it
+        return tuple(same.get(id(y), y) for y in ys)
 
     @staticmethod
     def backward(ctx: Any, *us: Any) -> Any:
-        return (None, *ctx.call.pull(*parts(ctx.call, ctx.saved_tensors), us))
+        call, saved = ctx.call, ctx.saved_tensors
+        n = call.width
+        m = n + call.height if call.by_output else n
+        return (None, *call.pull(saved[:n], saved[m:], saved[n:m], us))
 
 
 class Nested(torch.autograd.Function):
@@ -419,11 +465,41 @@ def parts(call: Any, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[An
     return tensors[:n], tensors[m:], tensors[n:m]
 
 
-def transposed(rule: Rule, who: str, linear: Callable[..., Any], like: Sequence[Any], at: Any) -> list[Any]:
+def transposed(
+    rule: Rule, who: str, linear: Callable[..., Any], like: Sequence[Any], at: Any
+) -> Sequence[Any]:
     """The transpose at `at` of a linear map of tensors like these: its pullback, taken at ones."""
     ones = [torch.ones_like(y) for y in like]
-    values, pullback = torch.func.vjp(linear, ones)
-    return list(pullback(list(at))[0])
+    if transforming():
+        pulled: Any = torch.func.vjp(linear, ones)
+        values, result = pulled[0], pulled[1](list(at))[0]
+    else:  # the same, faster
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            values = linear([one.requires_grad_() for one in ones])
+            moved = [(v, u) for v, u in zip(values, at, strict=True) if v.requires_grad]
+            outputs, us = zip(*moved, strict=True) if moved else ((), ())
+            result = torch.autograd.grad(outputs, ones, us, create_graph=again, materialize_grads=True)
+    if not rule.proven_linear and concrete((*values, *result)):
+        refuse_nonlinear(rule, who, values, at, result)
+    return result
+
+
+def refuse_nonlinear(rule: Rule, who: str, values: Any, at: Any, result: Any) -> None:
+    """Refuse a map L that is not linear, once it shows: for a linear one L(1)·t is 1·Lᵀt."""
+    with torch.no_grad():
+        there = [(v * t).detach() for v, t in zip(values, at, strict=True)]
+        back = [r.detach() for r in result]
+        total = lambda tensors: float(sum(t.double().sum() for t in tensors))
+        size = total([t.abs() for t in (*there, *back)])
+        off = abs(total(there) - total(back))
+    if off > max(torch.finfo(t.dtype).eps for t in (*there, *back)) ** 0.5 * size:
+        name = "its cotangent" if who == "bwd" else "its tangents"
+        raise StrategyError(
+            f"{rule.op}: {who} of {rule.name} is not linear in {name}, so it has no transpose; "
+            f"return what is linear, or use {'reverse' if who == 'bwd' else 'forward'} mode alone"
+        )
+    rule.proven_linear = size > 0
 
 
 def refuse_misfit(rule: Declared, who: str, kind: str, given: Any, name: str, like: Any) -> None:
@@ -445,22 +521,28 @@ def refuse_misfit(rule: Declared, who: str, kind: str, given: Any, name: str, li
         )
 
 
-def refuse_unlike(rule: Declared, who: str, out: Any, like: Any) -> None:
-    """Refuse an output of a rule that is not that of f in structure, shape and dtype."""
+def refuse_unlike(rule: Declared, out: Any, like: Any) -> None:
+    """Refuse an output of a rule that is not that of f in structure, shape, dtype and value."""
     (ys, given), (forms, spec) = pytree.tree_flatten(out), pytree.tree_flatten(like)
     if given != spec:
         raise InputError(
-            f"{rule.op}: {who} of {rule.name} returned an output of structure {given}, {rule.name} has {spec}; "
+            f"{rule.op}: the rule of {rule.name} returned an output of structure {given}, {rule.name} has {spec}; "
             "return the same"
         )
     for i, (y, form) in enumerate(zip(ys, forms, strict=True)):
-        if isinstance(form, torch.Tensor) and (
-            not isinstance(y, torch.Tensor) or (y.shape, y.dtype) != (form.shape, form.dtype)
-        ):
+        if not is_inexact(form):
+            continue
+        if not isinstance(y, torch.Tensor) or (y.shape, y.dtype) != (form.shape, form.dtype):
             raise InputError(
-                f"{rule.op}: {who} of {rule.name} returned output {i} of shape "
+                f"{rule.op}: the rule of {rule.name} returned output {i} of shape "
                 f"{tuple(getattr(y, 'shape', ()))} and dtype {getattr(y, 'dtype', type(y).__name__)}, {rule.name} "
                 f"has {tuple(form.shape)} and {form.dtype}; return the same"
+            )
+        tolerance = torch.finfo(y.dtype).eps ** 0.5
+        if not torch.allclose(y, form, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise InputError(
+                f"{rule.op}: the rule of {rule.name} returned output {i} with other numbers than {rule.name}; "
+                "return the same"
             )
 
 

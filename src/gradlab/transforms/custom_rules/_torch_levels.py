@@ -65,6 +65,16 @@ def _has_tangent(tensor: Any) -> bool:
     return tensor.is_floating_point() and forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
+def concrete(tensors: Any) -> bool:
+    """Whether these tensors hold real numbers that can be looked at: no batch, no compiler."""
+    return all(
+        not t.is_complex()
+        and type(_base(t)) in (torch.Tensor, torch.nn.Parameter)
+        and not any(map(is_batchedtensor, closed_over(t)))
+        for t in tensors
+    )
+
+
 def mixed_batches(functions: Any, tensors: Any) -> bool:
     """Whether functions close over a tensor under a vmap that is itself being differentiated.
 

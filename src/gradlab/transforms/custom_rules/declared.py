@@ -29,7 +29,7 @@ class Declared:
         self.f, self.static, self.check = f, numbers, check
         self.name = getattr(f, "__name__", type(f).__name__)
         self.definitions: dict[str, tuple[Any, ...]] = {}
-        update_wrapper(self, f, updated=())
+        update_wrapper(self, f, updated=())  # type: ignore[arg-type]
 
     def define(self, how: str, *rules: Any) -> None:
         """Keep the functions that a method `how` of the rule was given."""
@@ -117,6 +117,7 @@ class Declaration(Declared):
         self._bound: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's value; its derivative is the rule."""
         return self._in(framework_of(self.op, (*args, kwargs)))(*args, **kwargs)
 
     def _in(self, framework: str) -> Any:
