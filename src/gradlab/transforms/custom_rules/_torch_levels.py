@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch._C._functorch import (
 )
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 
 def transforming() -> bool:
@@ -62,7 +62,8 @@ def tracked(tensor: Any) -> bool:
 
 
 def _has_tangent(tensor: Any) -> bool:
-    return tensor.is_floating_point() and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+    inexact = tensor.is_floating_point() or tensor.is_complex()
+    return inexact and forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
 def concrete(tensors: Any) -> bool:
@@ -87,28 +88,35 @@ def mixed_batches(functions: Any, tensors: Any) -> bool:
     )
 
 
-def closed_over(thing: Any, depth: int = 5) -> Iterator[Any]:
+def holds_tensor(function: Any) -> bool:
+    return next(closed_over(function), None) is not None
+
+
+def closed_over(thing: Any, depth: int = 5, seen: set[int] | None = None) -> Iterator[Any]:
     """The tensors that a function holds: in its closure, its defaults, its object, and in theirs."""
+    seen = set() if seen is None else seen
     if isinstance(thing, torch.Tensor):
         while is_functorch_wrapped_tensor(thing):
             yield thing
             thing = get_unwrapped(thing)
         yield thing
-    elif depth and thing is not None and not isinstance(thing, (str, bytes, int, float, complex, type)):
-        held: list[Any] = []
-        if isinstance(thing, partial):
-            held = [thing.func, thing.args, thing.keywords]
-        elif hasattr(thing, "__closure__"):
-            held = [_content(cell) for cell in thing.__closure__ or ()]
-            held += [thing.__defaults__, thing.__kwdefaults__]
-        elif isinstance(thing, (dict, list, tuple, set)):
-            held = pytree.tree_leaves(list(thing) if isinstance(thing, set) else thing)
-        elif hasattr(thing, "__func__"):
-            held = [thing.__func__, thing.__self__]
-        elif hasattr(thing, "__dict__"):
-            held = list(vars(thing).values())
-        for item in held:
-            yield from closed_over(item, depth - 1)
+    elif depth and id(thing) not in seen:
+        seen.add(id(thing))
+        for item in _held(thing):
+            yield from closed_over(item, depth - 1, seen)
+
+
+def _held(thing: Any) -> Any:
+    if isinstance(thing, FunctionType):
+        cells = [_content(cell) for cell in thing.__closure__ or ()]
+        return [*cells, thing.__defaults__, thing.__kwdefaults__]
+    if isinstance(thing, MethodType):
+        return [thing.__func__, thing.__self__]
+    if isinstance(thing, partial):
+        return [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, (dict, list, tuple, set)):
+        return list(thing.values() if isinstance(thing, dict) else thing)
+    return [] if isinstance(thing, (ModuleType, type)) else list(getattr(thing, "__dict__", {}).values())
 
 
 def _content(cell: Any) -> Any:
