@@ -33,6 +33,7 @@ def _jax():
         jacfwd=jax.jacfwd,
         jacrev=jax.jacrev,
         jvp=lambda f, x, v: jax.jvp(f, (x,), (v,))[1],
+        primal=lambda f, x: jax.vjp(f, x)[0],
         vjp=lambda f, x, u: jax.vjp(f, x)[1](u)[0],
     )
 
@@ -59,6 +60,7 @@ def _torch():
         jacfwd=torch.func.jacfwd,
         jacrev=torch.func.jacrev,
         jvp=lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1],
+        primal=lambda f, x: torch.func.vjp(f, x)[0],
         vjp=lambda f, x, u: torch.func.vjp(f, x)[1](u)[0],
     )
 

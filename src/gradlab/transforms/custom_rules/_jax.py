@@ -28,7 +28,7 @@ class Rule(Declared):
         point = Point(self, args)
         if self.check and not any(isinstance(x, jax.core.Tracer) for x in point.arrays):
             self.defined(self.how)
-            out, _ = self.begin(point, point.arrays, [zero_tangent(x) for x in point.arrays])
+            out, _ = self.begin(point, [], point.arrays, [zero_tangent(x) for x in point.arrays])
             refuse_other_value(self, out, self.f(*args))
             self.verify(args)
         return self.differentiable(point)
@@ -41,12 +41,8 @@ class Rule(Declared):
 
         @partial(valued.defjvp, symbolic_zeros=True)
         def derivative(primals: Any, tangents: Any) -> Any:
-            if not all(isinstance(t, SymbolicZero) for t in tangents[0]):
-                raise StrategyError(
-                    f"{self.op}: {self.name} closes over an array that is being differentiated, and its rule does "
-                    "not know of it; pass the array as an argument"
-                )
-            return self.begin(point, primals[1], tangents[1])
+            refuse_moving(self, tangents[0])
+            return self.begin(point, primals[0], primals[1], tangents[1])
 
         return valued(closed, point.arrays)
 
@@ -64,8 +60,8 @@ class Rule(Declared):
 
         return mapped
 
-    def begin(self, point: Point, xs: Any, txs: Any) -> tuple[Any, Any]:
-        """Value and tangent where the rule is met first."""
+    def begin(self, point: Point, closed: Any, xs: Any, txs: Any) -> tuple[Any, Any]:
+        """Value and tangent where the rule is met first; `closed` are the traced arrays that f closes over."""
         raise NotImplementedError
 
 
@@ -77,7 +73,7 @@ class custom_vjp(Rule):
     def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
         self.define("defvjp", fwd, bwd)
 
-    def begin(self, point: Point, xs: Any, txs: Any) -> tuple[Any, Any]:
+    def begin(self, point: Point, closed: Any, xs: Any, txs: Any) -> tuple[Any, Any]:
         fwd, _ = self.definitions["defvjp"]
         result = fwd(*point.put(xs))
         if not isinstance(result, tuple) or len(result) != 2:
@@ -87,8 +83,23 @@ class custom_vjp(Rule):
         out, residuals = result
         refuse_unlike(self, out, jax.eval_shape(lambda xs: self.f(*point.put(xs)), xs))
         kept, restored = kept_residuals(residuals, xs, out)
-        out = attached(partial(self.tangent, point, restored), xs, kept, jax.lax.stop_gradient(out))
+        again = partial(self.tangent, point, restored)
+        out = attached(self, again, closed, xs, kept, jax.lax.stop_gradient(out))
         return out, self.tangent(point, restored, xs, kept, out, txs)
+
+    def verify(self, args: tuple[Any, ...]) -> None:
+        """And that bwd is zero at zero: a transpose leaves a constant out, unseen."""
+        fwd, bwd = self.definitions["defvjp"]
+        point = Point(self, args)
+        out, residuals = fwd(*args)
+        cotangents = bwd(*point.static, residuals, jax.tree.map(zero_tangent, out))
+        floats = [i for i, x in enumerate(point.arrays) if is_inexact(x)]
+        if any(jnp.any(ct != 0) for ct in point.cotangents(cotangents, floats)):
+            raise StrategyError(
+                f"{self.op}: bwd of {self.name} is not linear in its cotangent: it is not zero at zero; "
+                "return what is linear in u"
+            )
+        super().verify(args)
 
     def tangent(self, point: Point, restored: Any, xs: Any, kept: Any, out: Any, txs: Any) -> Any:
         """J v, as the transpose of u ↦ Jᵀ u for the arguments that move."""
@@ -122,11 +133,11 @@ class custom_jvp(Rule):
         self.define("defjvp", rule)
         return rule
 
-    def begin(self, point: Point, xs: Any, txs: Any) -> tuple[Any, Any]:
+    def begin(self, point: Point, closed: Any, xs: Any, txs: Any) -> tuple[Any, Any]:
         out, tangent = self.apply(point, xs, txs)
         refuse_unlike(self, out, jax.eval_shape(lambda xs: self.f(*point.put(xs)), xs))
         again = lambda xs, _, out, txs: self.apply(point, xs, txs)[1]
-        return attached(again, xs, (), jax.lax.stop_gradient(out)), tangent
+        return attached(self, again, closed, xs, (), jax.lax.stop_gradient(out)), tangent
 
     def apply(self, point: Point, xs: Any, txs: Any) -> tuple[Any, Any]:
         """What the rule gives."""
@@ -216,22 +227,32 @@ class Point:
         return self.rule.argument(first.idx) + jax.tree_util.keystr(tuple(rest))
 
 
-def attached(tangent: Callable[..., Any], xs: Any, kept: Any, out: Any) -> Any:
+def attached(rule: Declared, tangent: Callable[..., Any], closed: Any, xs: Any, kept: Any, out: Any) -> Any:
     """`out` as it stands, with `tangent(xs, kept, out, txs)` for its derivative in xs, and none in `out`.
 
     A rule's own output is differentiated again by the next level of a nest, which sees the rule here too.
     """
 
     @jax.custom_jvp
-    def value(xs: Any, kept: Any, out: Any) -> Any:
+    def value(closed: Any, xs: Any, kept: Any, out: Any) -> Any:
         return out
 
     @partial(value.defjvp, symbolic_zeros=True)
     def derivative(primals: Any, tangents: Any) -> Any:
+        refuse_moving(rule, tangents[0])
         out = value(*primals)
-        return out, tangent(primals[0], primals[1], out, tangents[0])
+        return out, tangent(primals[1], primals[2], out, tangents[1])
 
-    return value(xs, kept, out)
+    return value(closed, xs, kept, out)
+
+
+def refuse_moving(rule: Declared, tangents: Any) -> None:
+    """Refuse the derivative in what f closes over."""
+    if not all(isinstance(t, SymbolicZero) for t in tangents):
+        raise StrategyError(
+            f"{rule.op}: {rule.name} closes over an array that is being differentiated, and its rule does not "
+            "know of it; pass the array as an argument"
+        )
 
 
 def transposed(
@@ -239,8 +260,9 @@ def transposed(
 ) -> Sequence[Any]:
     """The transpose of the linear map us ↦ pulled(*us) of cotangents like ys, at ts."""
     like = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys]
+    transpose = jax.linear_transpose(pulled, *like)
     try:
-        return jax.linear_transpose(pulled, *like)(list(ts))
+        return transpose(list(ts))
     except (NotImplementedError, AssertionError, TypeError) as error:
         raise StrategyError(
             f"{rule.op}: bwd of {rule.name} is not linear in its cotangent, or computes with it what jax cannot "

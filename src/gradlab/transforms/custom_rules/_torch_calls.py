@@ -35,7 +35,8 @@ class Call:
         leaves, self.spec = flatten(moving)
         if PLAIN.issuperset(map(type, leaves)):
             self.places: Sequence[int] = range(len(leaves))
-            self.arrays, self.constants = leaves, [None] * len(leaves)
+            self.arrays: Sequence[Any] = leaves
+            self.constants = [None] * len(leaves)
         else:
             self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
             self.arrays = [leaves[i] for i in self.places]
@@ -309,25 +310,29 @@ def transposed(
             outputs, us = zip(*moved, strict=True) if moved else ((), ())
             result = torch.autograd.grad(outputs, ones, us, create_graph=again, materialize_grads=True)
     if not rule.proven_linear and concrete((*values, *result)):
-        refuse_nonlinear(rule, who, values, at, result)
+        refuse_nonlinear(rule, who, linear, values, at, result)
     return result
 
 
-def refuse_nonlinear(rule: Any, who: str, values: Any, at: Any, result: Any) -> None:
-    """Refuse a map L that is not linear, once it shows: for a linear one L(1)·t is 1·Lᵀt."""
+def refuse_nonlinear(
+    rule: Any, who: str, linear: Callable[..., Any], values: Any, at: Any, result: Any
+) -> None:
+    """Refuse a map L that is not linear, once it shows: L(1)·t = 1·Lᵀt and L(-1) = -L(1), or it is not."""
     with torch.no_grad():
         there = [(v * t).detach() for v, t in zip(values, at, strict=True)]
         back = [r.detach() for r in result]
+        opposite = linear([-torch.ones_like(r) for r in result])
         total = lambda tensors: float(sum(t.double().sum() for t in tensors))
-        size = total([t.abs() for t in (*there, *back)])
-        off = abs(total(there) - total(back))
-    if off > max(torch.finfo(t.dtype).eps for t in (*there, *back)) ** 0.5 * size:
+        size = lambda tensors: total([t.abs() for t in tensors])
+        off = abs(total(there) - total(back)) / (size((*there, *back)) or 1.0)
+        off += size([v + o for v, o in zip(values, opposite, strict=True)]) / (size(values) or 1.0)
+    if off > max(torch.finfo(t.dtype).eps for t in (*there, *back)) ** 0.5:
         name = "its cotangent" if who == "bwd" else "its tangents"
         raise StrategyError(
             f"{rule.op}: {who} of {rule.name} is not linear in {name}, so it has no transpose; "
             f"return what is linear, or use {'reverse' if who == 'bwd' else 'forward'} mode alone"
         )
-    rule.proven_linear = size > 0
+    rule.proven_linear = size((*there, *back)) > 0
 
 
 def refuse_misfit(rule: Declared, who: str, kind: str, given: Any, name: str, like: Any) -> None:
