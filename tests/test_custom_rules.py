@@ -306,6 +306,50 @@ def test_a_bwd_that_is_not_linear(fw, bwd):
         fw.jvp(square(fw, bwd=bwd), fw.array(np.array(3.0)), fw.array(np.array(u)))
 
 
+def test_a_bwd_that_jax_cannot_transpose():
+    fw = load("jax")
+    import jax
+
+    halved = lambda u: jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] / 2), (0, u))[1]
+    f = square(fw, bwd=lambda x, u: (16 * x * halved(u),))
+    with pytest.raises(gradlab.StrategyError, match=r"what jax cannot transpose .*lax.while_loop"):
+        fw.grad(f)(fw.array(1.0))
+
+
+def test_forward_mode_of_torch_by_dual_numbers():
+    """With backward on either side of it, and a second derivative inside one level of torch.func."""
+    import torch
+    from torch.autograd import forward_ad
+
+    fw = load("torch")
+    x, one = fw.array(np.array(3.0)), fw.array(np.array(1.0))
+    for f in (square(fw), square_by_tangent(fw, lambda xs, vs: (xs[0] ** 2, 2 * xs[0] * vs[0]))):
+        y = x.clone().requires_grad_()
+        with forward_ad.dual_level():
+            out = f(forward_ad.make_dual(y, one))
+            tangent = forward_ad.unpack_dual(out).tangent
+            (slope,) = torch.autograd.grad(out, y, create_graph=True)
+            (curved,) = torch.autograd.grad(tangent, y, retain_graph=True)
+            found = [tangent, curved, forward_ad.unpack_dual(slope).tangent]
+        assert [t.item() for t in found] == [6.0, 2.0, 2.0]
+
+        def twice(x):
+            (slope,) = torch.autograd.grad(f(x), x, create_graph=True)
+            return torch.autograd.grad(slope, x, create_graph=True)[0]
+
+        assert torch.func.vjp(twice, x)[0].item() == 2.0
+
+
+def test_complex_arguments(fw):
+    f, z, one = square(fw), fw.array(np.array(0.3 + 0.4j)), fw.array(np.array(1.0 + 0j))
+    if fw.name == "torch":  # a cotangent is conjugate there
+        f = square(fw, bwd=lambda z, u: (2 * z.conj() * u,))
+    np.testing.assert_allclose(fw.numpy(fw.jvp(f, z, one)), 0.6 + 0.8j)
+    np.testing.assert_allclose(
+        fw.numpy(fw.grad(lambda z: f(z).real)(z)), fw.numpy(fw.grad(lambda z: (z**2).real)(z))
+    )
+
+
 def test_an_affine_tangent_is_refused_in_reverse_by_torch():
     fw = load("torch")
     f = square_by_tangent(fw, lambda xs, vs: (xs[0] ** 2, 2 * xs[0] * vs[0] + 1))

@@ -46,8 +46,10 @@ def custom_vjp(
     Raises:
         InputError: cotangents of another number, structure or shape; out of fwd unlike that of f.
         KindError: cotangents of another dtype, a static position that does not exist.
-        StrategyError: no rule yet; f closes over an array that is being differentiated (pass it as an
-            argument); a bwd that is not linear in u where its transpose is asked for (in jax always).
+        StrategyError: no rule yet; f closes over an array that is being differentiated, in torch also over
+            one under a vmap that is differentiated, or over any tensor under torch.compile (pass it as an
+            argument); a bwd that is not linear in u where its transpose is asked for (in jax always, and
+            there too one that jax cannot transpose: a while loop over u).
         BackendError: arrays of both frameworks, or of neither.
 
     Cost:
@@ -64,8 +66,8 @@ def custom_vjp(
         >>> torch.func.grad(cube)(x), torch.func.jvp(torch.func.grad(cube), (x,), (x,))[1]
         (tensor(12.), tensor(24.))
         >>> import jax, jax.numpy as jnp
-        >>> jax.grad(cube)(2.0), jax.jacfwd(jax.jacfwd(cube))(2.0)
-        (Array(12., dtype=float32, weak_type=True), Array(12., dtype=float32, weak_type=True))
+        >>> jax.grad(cube)(jnp.float32(2.0)), jax.jacfwd(jax.jacfwd(cube))(jnp.float32(2.0))
+        (Array(12., dtype=float32), Array(12., dtype=float32))
 
     Source:
         Griewank and Walther, Evaluating Derivatives (2008), section 3; Radul et al., You only linearize
@@ -99,8 +101,8 @@ def custom_jvp(
     Raises:
         InputError: a tangent of another structure or shape than out; out unlike that of f.
         KindError: a tangent of another dtype, a static position that does not exist.
-        StrategyError: no rule yet; f closes over an array that is being differentiated (pass it as an
-            argument); a rule that is not linear in tangents where its transpose is asked for.
+        StrategyError: no rule yet; closures as for `custom_vjp`; a rule that is not linear in tangents where
+            its transpose is asked for.
         BackendError: arrays of both frameworks, or of neither.
 
     Cost:

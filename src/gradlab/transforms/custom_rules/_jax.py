@@ -263,7 +263,7 @@ def transposed(
     transpose = jax.linear_transpose(pulled, *like)
     try:
         return transpose(list(ts))
-    except (NotImplementedError, AssertionError, TypeError) as error:
+    except (NotImplementedError, AssertionError, TypeError, ValueError) as error:
         raise StrategyError(
             f"{rule.op}: bwd of {rule.name} is not linear in its cotangent, or computes with it what jax cannot "
             f"transpose ({error}); return what is linear in u, by operations that jax differentiates"
