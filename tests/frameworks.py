@@ -30,7 +30,10 @@ def _jax():
         compile=jax.jit,
         vmap=jax.vmap,
         grad=jax.grad,
+        jacfwd=jax.jacfwd,
+        jacrev=jax.jacrev,
         jvp=lambda f, x, v: jax.jvp(f, (x,), (v,))[1],
+        primal=lambda f, x: jax.vjp(f, x)[0],
         vjp=lambda f, x, u: jax.vjp(f, x)[1](u)[0],
     )
 
@@ -54,7 +57,10 @@ def _torch():
         compile=compile,
         vmap=torch.func.vmap,
         grad=torch.func.grad,
+        jacfwd=torch.func.jacfwd,
+        jacrev=torch.func.jacrev,
         jvp=lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1],
+        primal=lambda f, x: torch.func.vjp(f, x)[0],
         vjp=lambda f, x, u: torch.func.vjp(f, x)[1](u)[0],
     )
 

@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README, re.DOTALL)
 CONTRACTS = [
     "gradlab.check",
+    "gradlab.transforms.custom_rules",
     "gradlab.transforms.hessians",
     "gradlab.transforms.jacobians",
     "gradlab.transforms.models",

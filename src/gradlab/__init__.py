@@ -10,6 +10,7 @@ Differentiate with respect to the first argument after `f`; everything after it 
     ggn_operator(model, loss, x, *args)
     jacobian(f, x, *args)               ∂f/∂x
     jacobian_operator(f, x, *args)      J @ v, J.T @ u
+    custom_vjp(f), custom_jvp(f)        f with a derivative rule that holds in every mode and nest
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
 
 The framework is that of the arguments; `gradlab.jax` and `gradlab.torch` hold the same names bound
@@ -28,6 +29,7 @@ from gradlab._errors import (
     StrategyError,
     TooLargeError,
 )
+from gradlab.transforms.custom_rules import custom_jvp, custom_vjp
 from gradlab.transforms.hessians import (
     ggn_operator,
     ggn_vp,
@@ -50,6 +52,8 @@ __all__ = [
     "LinearOperator",
     "StrategyError",
     "TooLargeError",
+    "custom_jvp",
+    "custom_vjp",
     "functional",
     "ggn_operator",
     "ggn_vp",

@@ -1,5 +1,6 @@
 """gradlab's operations bound to jax: jax arrays, equinox modules, and numpy arrays and Python numbers too."""
 
+from gradlab.transforms.custom_rules._jax import custom_jvp, custom_vjp
 from gradlab.transforms.hessians._jax import (
     ggn_operator,
     ggn_vp,
@@ -12,6 +13,8 @@ from gradlab.transforms.jacobians._jax import jacobian, jacobian_operator
 from gradlab.transforms.models._jax import functional
 
 __all__ = [
+    "custom_jvp",
+    "custom_vjp",
     "functional",
     "ggn_operator",
     "ggn_vp",

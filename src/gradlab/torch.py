@@ -1,5 +1,6 @@
 """gradlab's operations bound to torch: torch tensors, torch.nn modules, and numpy arrays and Python numbers too."""
 
+from gradlab.transforms.custom_rules._torch import custom_jvp, custom_vjp
 from gradlab.transforms.hessians._torch import (
     ggn_operator,
     ggn_vp,
@@ -12,6 +13,8 @@ from gradlab.transforms.jacobians._torch import jacobian, jacobian_operator
 from gradlab.transforms.models._torch import functional
 
 __all__ = [
+    "custom_jvp",
+    "custom_vjp",
     "functional",
     "ggn_operator",
     "ggn_vp",
