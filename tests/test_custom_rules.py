@@ -475,3 +475,30 @@ def test_torch_modules_and_parameters():
     expected = 2 * layer(fw.array(np.ones(3))).detach()
     np.testing.assert_allclose(layer.bias.grad.numpy(), expected.numpy())
     f(layer.weight).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        lambda A: (A.sum(), 2 * A),
+        lambda A: (A.sum(), (2 * A).T),
+        lambda A: ((2 * A).T,),
+        lambda A: (A.sum().expand(3),),
+    ],
+    ids=["several", "transposed beside another", "transposed", "expanded"],
+)
+def test_no_tangent_of_dual_numbers_is_lost(outputs):
+    """torch drops those of all outputs but the first where a Function gives views of several arguments."""
+    torch = pytest.importorskip("torch")
+    import gradlab.torch as gl
+
+    rule = gl.custom_jvp(outputs)
+    rule.defjvp(lambda primals, tangents: (outputs(*primals), outputs(*tangents)))
+    A = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
+    with torch.autograd.forward_ad.dual_level():
+        found = [
+            torch.autograd.forward_ad.unpack_dual(y).tangent
+            for y in rule(torch.autograd.forward_ad.make_dual(A, A + 1))
+        ]
+    for tangent, right in zip(found, outputs(A + 1), strict=True):
+        assert torch.equal(tangent, right)

@@ -67,7 +67,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`gradlab.check`, `gradlab.bench`, `gradlab.jax` and `gradlab.torch` are imported at their first use."""
+    """`gradlab.check`, `gradlab.bench`, `gradlab.rules`, `gradlab.jax` and `gradlab.torch` are imported at their first use."""
     if name in ("bench", "check", "jax", "torch"):
         return import_module(f"gradlab.{name}")
+    if name == "rules":
+        return import_module("gradlab.transforms.rules")
     raise AttributeError(f"module 'gradlab' has no attribute {name!r}")

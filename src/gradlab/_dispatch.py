@@ -19,20 +19,30 @@ from gradlab._errors import BackendError
 Contract = TypeVar("Contract", bound=Callable[..., Any])
 
 
-def operation(contract: Contract) -> Contract:
-    """Make the public function of a contract: the same call, sent to the framework of its arguments."""
+def operation(contract: Contract, within: str = "") -> Contract:
+    """Make the public function of a contract: the same call, sent to the framework of its arguments.
+
+    The implementations stand in gradlab.jax and gradlab.torch, or in a namespace of theirs.
+    """
     name = contract.__name__
+    full = f"{within}.{name}" if within else name
 
     @wraps(contract)
     def dispatched(*args: Any, **options: Any) -> Any:
         # Import statements, not importlib: torch.compile traces these, in a cold process too.
-        if framework_of(name, args) == "torch":
+        if framework_of(full, args) == "torch":
             import gradlab.torch as namespace
         else:
             import gradlab.jax as namespace  # type: ignore[no-redef]
-        return getattr(namespace, name)(*args, **options)
+        holder = getattr(namespace, within) if within else namespace
+        return getattr(holder, name)(*args, **options)
 
     return dispatched  # type: ignore[return-value]
+
+
+def library(contract: Contract) -> Contract:
+    """The public function of a contract whose implementations stand in gradlab.jax.rules and gradlab.torch.rules."""
+    return operation(contract, "rules")
 
 
 def framework_of(name: str, args: tuple[Any, ...]) -> str:

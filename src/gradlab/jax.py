@@ -11,6 +11,7 @@ from gradlab.transforms.hessians._jax import (
 )
 from gradlab.transforms.jacobians._jax import jacobian, jacobian_operator
 from gradlab.transforms.models._jax import functional
+from gradlab.transforms.rules import _jax as rules
 
 __all__ = [
     "custom_jvp",
@@ -24,4 +25,5 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "rules",
 ]

@@ -11,6 +11,7 @@ from gradlab.transforms.hessians._torch import (
 )
 from gradlab.transforms.jacobians._torch import jacobian, jacobian_operator
 from gradlab.transforms.models._torch import functional
+from gradlab.transforms.rules import _torch as rules
 
 __all__ = [
     "custom_jvp",
@@ -24,4 +25,5 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "rules",
 ]

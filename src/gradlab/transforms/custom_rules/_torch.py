@@ -177,7 +177,9 @@ class Nested(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Any, *tensors: Any) -> Any:
-        return tuple(y.view_as(y) for y in tensors[call.width : call.width + call.height])
+        ys = tensors[call.width : call.width + call.height]
+        # Views of several arguments lose all tangents but the first in plain forward mode, and expanded ones raise.
+        return tuple(y.view_as(y) if len(ys) == 1 and y.is_contiguous() else y.clone() for y in ys)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -198,7 +200,7 @@ class Nested(torch.autograd.Function):
         with _set_fwd_grad_enabled(True):
             here = [unpack_dual(t, level=0).primal if is_inexact(t) else t for t in ctx.saved_tensors]
             moved = [None if t is None else materialised(t) for t in ts[1 : 1 + ctx.call.width]]
-            return tuple(ctx.call.push(*parts(ctx.call, here), moved))
+            return tuple(t.contiguous() for t in ctx.call.push(*parts(ctx.call, here), moved))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Any, *tensors: Any) -> Any:

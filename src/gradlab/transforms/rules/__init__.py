@@ -1,0 +1,382 @@
+"""A library of rules: functions whose derivatives are right where the plain formula's are not.
+
+Contracts only; `_jax.py` and `_torch.py` implement them in this order. Unless said otherwise they hold in
+every mode and nest of modes, to any order, under vmap and compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gradlab._dispatch import library
+
+__all__ = [
+    "checkpoint",
+    "clip_gradient",
+    "eigh",
+    "expm",
+    "log1mexp",
+    "logdet",
+    "logsumexp",
+    "matrix_function",
+    "norm",
+    "reverse_gradient",
+    "sqrt",
+    "straight_through",
+]
+
+
+@library
+def norm(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+    """The 2-norm, without overflow, and with slope 0 at zero.
+
+    ‖x‖ = m (Σ (xᵢ/m)²)^½ with m = max |xᵢ| held constant; ∂‖x‖ = x/‖x‖, and 0 at x = 0, where every plain
+    formula gives NaN.
+
+    Args:
+        x: Real array.
+        axis: Axes that are summed over; None: all.
+        keepdims: Whether they stay, with length 1.
+
+    Returns:
+        An array without those axes.
+
+    Cost:
+        That of a maximum and a sum. At zero all derivatives are 0: the norm has none there, 0 is its
+        subgradient of least size.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> torch.func.grad(rules.norm)(torch.tensor([3.0, 4.0])), torch.func.grad(rules.norm)(torch.zeros(2))
+        (tensor([0.6000, 0.8000]), tensor([0., 0.]))
+        >>> rules.norm(torch.tensor([3e30, 4e30]))
+        tensor(5.0000e+30)
+
+    Source:
+        Blue, ACM Trans. Math. Software 4 (1978), doi:10.1145/355769.355771 (scaling).
+    """
+
+
+@library
+def sqrt(x: Any) -> Any:
+    """The square root, with slope 0 at zero.
+
+    ∂√x = 1/(2√x) for x > 0, and 0 at x = 0, where the true slope is infinite: in √(y²) and its like an
+    infinite slope times zero gives NaN.
+
+    Args:
+        x: Real array.
+
+    Returns:
+        An array like x, NaN where x < 0.
+
+    Cost:
+        A root.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> torch.func.grad(lambda y: rules.sqrt(y**2).sum())(torch.tensor([-2.0, 0.0]))
+        tensor([-1.,  0.])
+
+    Source:
+        Griewank and Walther, Evaluating Derivatives (2008), chapter 14.
+    """
+
+
+@library
+def log1mexp(x: Any) -> Any:
+    """log(1 - exp(-x)) for x > 0, to full precision at both ends, and so its derivatives.
+
+    log(-expm1(-x)) for x < log 2, log1p(-exp(-x)) beyond; ∂ = exp(-x)/(1 - exp(-x)).
+
+    Args:
+        x: Real array, x > 0.
+
+    Returns:
+        An array like x: -inf at 0 (with slope inf), 0 at inf (with slope 0), NaN where x < 0.
+
+    Cost:
+        Both branches.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> rules.log1mexp(torch.tensor([1e-30, 100.0]))
+        tensor([-6.9078e+01, -3.7835e-44])
+        >>> torch.func.grad(lambda x: rules.log1mexp(x).sum())(torch.tensor([1e-30, 1e4]))
+        tensor([1.0000e+30, 0.0000e+00])
+
+    Source:
+        Mächler, Accurately computing log(1 - exp(-|a|)), R package Rmpfr (2012).
+    """
+
+
+@library
+def logsumexp(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+    """log Σ exp(xᵢ), with slope 0 where nothing is summed.
+
+    m + log Σ exp(xᵢ - m) with m = max xᵢ held constant; ∂ = softmax(x). Entries of -inf (masked ones) have weight
+    0; where all are -inf the value is -inf and every derivative 0, where plain formulas give NaN.
+
+    Args:
+        x: Real array.
+        axis: Axes that are summed over; None: all.
+        keepdims: Whether they stay, with length 1.
+
+    Returns:
+        An array without those axes; inf where an entry is inf, with derivatives NaN.
+
+    Cost:
+        That of a maximum and a sum of exponentials.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> x = torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf]])
+        >>> rules.logsumexp(x, axis=-1), torch.func.grad(lambda x: rules.logsumexp(x, axis=-1)[0])(x)[0]
+        (tensor([0., -inf]), tensor([1., 0.]))
+
+    Source:
+        Blanchard, Higham and Higham, IMA J. Numer. Anal. 41 (2021), doi:10.1093/imanum/draa038.
+    """
+
+
+@library
+def straight_through(hard: Any, soft: Any) -> Any:
+    """The value of `hard` with the derivatives of `soft`: an estimator for what has none of its own.
+
+    hard + (soft - soft₀), with hard and soft₀ = soft held constant.
+
+    Args:
+        hard: Tree of float arrays: rounded, sampled, one-hot.
+        soft: A tree like it, finite.
+
+    Returns:
+        A tree equal to hard.
+
+    Raises:
+        InputError: trees of different structures or shapes.
+
+    Cost:
+        Two additions.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> quantised = lambda x: rules.straight_through(x.round(), x)
+        >>> quantised(torch.tensor(1.7)), torch.func.grad(lambda x: quantised(x) ** 2)(torch.tensor(1.7))
+        (tensor(2.), tensor(4.))
+
+    Source:
+        Bengio, Léonard and Courville, arXiv:1308.3432.
+    """
+
+
+@library
+def reverse_gradient(x: Any, scale: float = 1.0) -> Any:
+    """x itself, with -scale times its derivative: gradient reversal, for adversaries.
+
+    Args:
+        x: Tree of float arrays.
+        scale: Factor λ; the derivative is -λ times the identity, in every mode.
+
+    Returns:
+        A tree equal to x.
+
+    Cost:
+        A multiplication of the tangent.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> torch.func.grad(lambda x: rules.reverse_gradient(x, 0.5) ** 2)(torch.tensor(3.0))
+        tensor(-3.)
+
+    Source:
+        Ganin and Lempitsky, ICML 2015, arXiv:1409.7495.
+    """
+
+
+@library
+def clip_gradient(x: Any, max_norm: float) -> Any:
+    """x itself, whose cotangent is scaled down to a norm of at most `max_norm`.
+
+    u ↦ u min(1, max_norm/‖u‖), with one norm over the whole tree.
+
+    Args:
+        x: Tree of float arrays.
+        max_norm: Positive number.
+
+    Returns:
+        A tree equal to x.
+
+    Raises:
+        InputError: max_norm is not positive.
+
+    Cost:
+        A norm. Not linear in u, hence no derivative of the value: reverse mode alone, once or over itself.
+        Forward mode is refused by the framework, with its own error.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> torch.func.grad(lambda x: (10 * rules.clip_gradient(x, 1.0)).sum())(torch.zeros(4))
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+
+    Source:
+        Pascanu, Mikolov and Bengio, ICML 2013, arXiv:1211.5063.
+    """
+
+
+@library
+def eigh(A: Any) -> Any:
+    """Eigenvalues and eigenvectors of symmetric or Hermitian matrices, with finite derivatives at equal eigenvalues.
+
+    With A = V diag(w) Vᴴ and E = Vᴴ ∂A V: ∂wᵢ = Eᵢᵢ, ∂V = V (F ∘ E), where Fᵢⱼ = 1/(wⱼ - wᵢ), and 0 on the diagonal
+    and where wᵢ and wⱼ are equal to rounding. The gauge is that of Vᴴ ∂V = 0 within such groups.
+
+    Args:
+        A: Array of shape (..., n, n); its Hermitian part (A + Aᴴ)/2 is taken.
+
+    Returns:
+        `(w, V)`, of shapes (..., n), ascending, and (..., n, n), columns.
+
+    Cost:
+        A decomposition; a derivative is two products of matrices.
+        At equal eigenvalues first derivatives are right of whatever does not depend on the basis chosen
+        within their space (sums over it, its projector, spectral functions); second ones are not, as F has
+        lost what they need: take `matrix_function` for those.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> total = lambda A: rules.eigh(A)[0].exp().sum()
+        >>> torch.func.grad(total)(torch.eye(2, dtype=torch.float64))
+        tensor([[2.7183, 0.0000],
+                [0.0000, 2.7183]], dtype=torch.float64)
+
+    Source:
+        Giles, Collected matrix derivative results (2008), section 3.1; Magnus, Econometric Theory 1 (1985),
+        doi:10.1017/S0266466600011129.
+    """
+
+
+@library
+def matrix_function(f: Callable[[Any], Any], A: Any) -> Any:
+    """f of symmetric matrices, V f(diag w) Vᵀ, with right derivatives at equal eigenvalues.
+
+    The k-th derivative along E₁ ... E_k is V M Vᵀ with M the sum over the orders of the Eᵢ of
+    Σ f[wᵢ, wⱼ, ..., wₗ] Eᵢⱼ ... E.ₗ, where f[...] are divided differences, and derivatives of f where
+    eigenvalues meet; so the gaps between them never divide anything.
+
+    Args:
+        f: Elementwise function of a real array, differentiable as often as the result is to be.
+        A: Real array of shape (..., n, n); its symmetric part is taken.
+
+    Returns:
+        An array like A.
+
+    Cost:
+        A decomposition, and O(n³) more for a value and first derivatives; n^(k+1) numbers for the k-th,
+        third ones at n = 100 take 800 MB. Divided differences near equal eigenvalues are good to about
+        1e-10 at first, 1e-7 at second order in float64.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> trace = lambda A: rules.matrix_function(torch.exp, A).diagonal().sum()
+        >>> torch.func.grad(trace)(torch.zeros(2, 2))
+        tensor([[1., 0.],
+                [0., 1.]])
+
+    Source:
+        Daleckii and Krein (1965); Higham, Functions of Matrices (2008), section 3.2,
+        doi:10.1137/1.9780898717778.
+    """
+
+
+@library
+def expm(A: Any) -> Any:
+    """The exponential of square matrices.
+
+    ∂ expm(A) along E is the upper right block of expm([[A, E], [0, A]]), in every mode and order.
+
+    Args:
+        A: Array of shape (..., n, n).
+
+    Returns:
+        An array like A.
+
+    Cost:
+        O(n³) products by scaling and squaring; eight times that for a derivative.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> rules.expm(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+        tensor([[1., 1.],
+                [0., 1.]])
+
+    Source:
+        Al-Mohy and Higham, SIAM J. Matrix Anal. Appl. 30 (2009), doi:10.1137/080716426.
+    """
+
+
+@library
+def logdet(A: Any) -> Any:
+    """log |det A|, whose derivatives are right in every nest of modes.
+
+    ∂ log |det A| = tr(A⁻¹ ∂A), and ∂A⁻¹ = -A⁻¹ ∂A A⁻¹. torch's own logdet and slogdet are wrong from second order
+    on wherever forward mode is involved.
+
+    Args:
+        A: Real array of shape (..., n, n).
+
+    Returns:
+        An array of shape (...); -inf, with derivatives that are not finite, where A is singular.
+
+    Cost:
+        A factorisation; an inverse for its derivatives.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> torch.func.grad(rules.logdet)(torch.diag(torch.tensor([2.0, -4.0])))
+        tensor([[ 0.5000, -0.0000],
+                [-0.0000, -0.2500]])
+
+    Source:
+        Giles, Collected matrix derivative results (2008), section 2.2.
+    """
+
+
+@library
+def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
+    """f(*args), of which nothing but the arguments is kept for the backward pass: f runs again there.
+
+    Args:
+        f: Function of trees. In torch it must not close over tensors that are differentiated.
+        *args: Trees; float arrays are differentiated.
+
+    Returns:
+        f's output.
+
+    Raises:
+        StrategyError: f closes over a tensor that is being differentiated (torch; jax differentiates it).
+
+    Cost:
+        One more evaluation of f for each backward pass; memory of the arguments alone. Random numbers drawn
+        by f come again only if their generator or key is an argument.
+
+    Example:
+        >>> import torch
+        >>> from gradlab import rules
+        >>> torch.func.grad(lambda x: rules.checkpoint(torch.sin, x))(torch.tensor(0.0))
+        tensor(1.)
+
+    Source:
+        Griewank and Walther, ACM Trans. Math. Software 26 (2000), doi:10.1145/347837.347846.
+    """
