@@ -502,3 +502,12 @@ def test_no_tangent_of_dual_numbers_is_lost(outputs):
         ]
     for tangent, right in zip(found, outputs(A + 1), strict=True):
         assert torch.equal(tangent, right)
+
+
+def test_cotangents_of_trees_of_one_leaf(fw):
+    """As many arguments as leaves, which are trees all the same."""
+    f = fw.gl.custom_vjp(lambda x, y: fw.xp.sin(x["a"]) * y)
+    f.defvjp(lambda x, y: (f.f(x, y), (x, y)), lambda r, u: ({"a": fw.xp.cos(r[0]["a"]) * r[1] * u}, None))
+    x, y = {"a": fw.array(np.array([0.3, 0.4]))}, fw.array(np.array([2.0, 3.0]))
+    found = fw.grad(lambda x: f(x, y).sum())(x)["a"]
+    np.testing.assert_allclose(fw.numpy(found), np.cos([0.3, 0.4]) * [2.0, 3.0])

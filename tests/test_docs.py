@@ -19,6 +19,7 @@ CONTRACTS = [
     "gradlab.transforms.jacobians",
     "gradlab.transforms.models",
     "gradlab.transforms.operators",
+    "gradlab.transforms.rules",
 ]
 
 

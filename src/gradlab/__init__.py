@@ -12,6 +12,7 @@ Differentiate with respect to the first argument after `f`; everything after it 
     jacobian_operator(f, x, *args)      J @ v, J.T @ u
     custom_vjp(f), custom_jvp(f)        f with a derivative rule that holds in every mode and nest
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
+    rules.norm(x), rules.eigh(A), ...   functions with derivatives right where plain formulas' are not
 
 The framework is that of the arguments; `gradlab.jax` and `gradlab.torch` hold the same names bound
 to one framework. `gradlab.check` proves a derivative right on your own function, `gradlab.bench`
@@ -67,7 +68,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`gradlab.check`, `gradlab.bench`, `gradlab.rules`, `gradlab.jax` and `gradlab.torch` are imported at their first use."""
+    """The modules of gradlab are imported at their first use."""
     if name in ("bench", "check", "jax", "torch"):
         return import_module(f"gradlab.{name}")
     if name == "rules":

@@ -208,7 +208,7 @@ class Pulled(Call):
                 f"{rule.op}: bwd of {rule.name} returned {count} cotangents for {n} arguments; "
                 "return a tuple of one for each argument that is not static, None for zero"
             )
-        flat = given if len(self.constants) == n else self.matched(given)
+        flat = given if self.spec == (tuple, n) else self.matched(given)
         cts = list(flat) if self.width == len(flat) else [flat[i] for i in self.places]
         for i, ct in enumerate(cts):
             x = xs[i]

@@ -265,24 +265,28 @@ def eigh(A: Any) -> Any:
 
 
 @library
-def matrix_function(f: Callable[[Any], Any], A: Any) -> Any:
+def matrix_function(f: Callable[[Any], Any], A: Any, order: int = 3) -> Any:
     """f of symmetric matrices, V f(diag w) Vᵀ, with right derivatives at equal eigenvalues.
 
-    The k-th derivative along E₁ ... E_k is V M Vᵀ with M the sum over the orders of the Eᵢ of
-    Σ f[wᵢ, wⱼ, ..., wₗ] Eᵢⱼ ... E.ₗ, where f[...] are divided differences, and derivatives of f where
-    eigenvalues meet; so the gaps between them never divide anything.
+    With V and w held constant and Δ = Vᵀ A V - diag w, which is zero but for its derivatives,
+    f(A) = V (f(diag w) + Σ f[wᵢ, wⱼ] Δᵢⱼ + Σ f[wᵢ, wⱼ, wₖ] Δᵢⱼ Δⱼₖ + ...) Vᵀ, where f[...] are divided
+    differences, and derivatives of f where eigenvalues meet: no gap between eigenvalues divides anything.
 
     Args:
-        f: Elementwise function of a real array, differentiable as often as the result is to be.
+        f: Elementwise function of a real array, with order + 2 derivatives of its own.
         A: Real array of shape (..., n, n); its symmetric part is taken.
+        order: Terms of the series, 0 to 3: derivatives by A are right up to this order, and lack terms beyond.
 
     Returns:
         An array like A.
 
+    Raises:
+        InputError: order is not 0, 1, 2 or 3.
+
     Cost:
-        A decomposition, and O(n³) more for a value and first derivatives; n^(k+1) numbers for the k-th,
-        third ones at n = 100 take 800 MB. Divided differences near equal eigenvalues are good to about
-        1e-10 at first, 1e-7 at second order in float64.
+        A decomposition, O(n³) time, and n^(order + 1) numbers: at n = 100 third order takes 800 MB, second 8.
+        Divided differences near equal eigenvalues are good to about 1e-10 at first, 1e-7 at second order
+        in float64.
 
     Example:
         >>> import torch

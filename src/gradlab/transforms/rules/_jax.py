@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import permutations
 from math import factorial
 from typing import Any
 
@@ -46,8 +45,11 @@ def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
 
 
 def straight_through(hard: Any, soft: Any) -> Any:
-    if jax.tree.structure(hard) != jax.tree.structure(soft):
-        raise InputError("rules.straight_through: hard and soft have different structures; pass two like trees")
+    one, other = jax.tree.structure(hard), jax.tree.structure(soft)
+    if repr(one) != repr(other):
+        raise InputError(
+            "rules.straight_through: hard and soft have different structures; pass two like trees"
+        )
     for a, b in zip(jax.tree.leaves(hard), jax.tree.leaves(soft), strict=True):
         if jnp.shape(a) != jnp.shape(b):
             raise InputError(
@@ -105,36 +107,20 @@ def _(primals: Any, tangents: Any) -> Any:
     return (w, V), (jnp.diagonal(E, 0, -2, -1).real, V @ (F * E))
 
 
-def matrix_function(f: Callable[[Any], Any], A: Any) -> Any:
-    return _spectral(f, _hermitian(A))
-
-
-def _frechet(f: Callable[[Any], Any], A: Any, *Es: Any) -> Any:
-    """The derivative of f(A) along all of Es: the sum over their orders of Σ f[wᵢ, ..., wₗ] Eᵢⱼ ... E.ₗ."""
-    w, V = jnp.linalg.eigh(A, symmetrize_input=False)
-    k, letters = len(Es), "ijklmnopq"[: len(Es) + 1]
-    if not k:
-        return (V * f(w)[..., None, :]) @ V.mT
-    inside = [V.mT @ E @ V for E in Es]
-    formula = ",".join(["..." + letters, *("..." + letters[i : i + 2] for i in range(k))])
-    differences = _divided(f, w, k)
-    total = sum(
-        jnp.einsum(f"{formula}->...{letters[0]}{letters[-1]}", differences, *order)
-        for order in permutations(inside)
-    )
+def matrix_function(f: Callable[[Any], Any], A: Any, order: int = 3) -> Any:
+    if order not in (0, 1, 2, 3):
+        raise InputError(f"rules.matrix_function: order is {order!r}; pass 0, 1, 2 or 3")
+    A = _hermitian(A)
+    w, V = jnp.linalg.eigh(stop_gradient(A), symmetrize_input=False)
+    D = V.mT @ A @ V
+    moved = D - stop_gradient(D)  # zero, but for its derivatives, in which this is a series
+    total = f(w)[..., None] * jnp.eye(w.shape[-1], dtype=w.dtype)
+    for k in range(1, order + 1):
+        total = total + jnp.einsum(_SERIES[k], _divided(f, w, k), *[moved] * k)
     return V @ total @ V.mT
 
 
-_spectral = custom_jvp(_frechet, nondiff_argnums=(0,))
-
-
-@_spectral.defjvp
-def _(f: Callable[[Any], Any], primals: Any, tangents: Any) -> Any:
-    (A, *Es), (dA, *dEs) = primals, tangents
-    moved = _spectral(f, A, *Es, dA)
-    for i, dE in enumerate(dEs):
-        moved = moved + _spectral(f, A, *Es[:i], dE, *Es[i + 1 :])
-    return _spectral(f, A, *Es), moved
+_SERIES = {1: "...ij,...ij->...ij", 2: "...ijk,...ij,...jk->...ik", 3: "...ijkl,...ij,...jk,...kl->...il"}
 
 
 def _divided(f: Callable[[Any], Any], w: Any, k: int) -> Any:
@@ -155,7 +141,7 @@ def _difference(f: Callable[[Any], Any], z: Any) -> Any:
 
 
 def _meeting(f: Callable[[Any], Any], z: Any) -> Any:
-    """f[z₀, ..., z_k] of nodes that are close, to second order in their distances: f⁽ᵏ⁾/k! at their mean, and a term."""
+    """f[z₀, ..., z_k] of nodes that are close: f⁽ᵏ⁾/k! at their mean, and the term of second order."""
     k, mean = len(z) - 1, z.mean(0)
     spread = ((z - mean) ** 2).sum(0) / (2 * (k + 1) * (k + 2))
     return (_derivative(f, k)(mean) + spread * _derivative(f, k + 2)(mean)) / factorial(k)
@@ -163,9 +149,10 @@ def _meeting(f: Callable[[Any], Any], z: Any) -> Any:
 
 def _derivative(f: Callable[[Any], Any], k: int) -> Callable[[Any], Any]:
     """The k-th derivative of an elementwise function."""
-    for _ in range(k):
-        f = lambda x, f=f: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
-    return f
+    if not k:
+        return f
+    lower = _derivative(f, k - 1)
+    return lambda x: jax.jvp(lower, (x,), (jnp.ones_like(x),))[1]
 
 
 def expm(A: Any) -> Any:

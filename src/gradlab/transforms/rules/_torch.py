@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import permutations
 from math import factorial, log
 from typing import Any
 
@@ -48,7 +47,9 @@ def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
 
 def straight_through(hard: Any, soft: Any) -> Any:
     if pytree.tree_structure(hard) != pytree.tree_structure(soft):
-        raise InputError("rules.straight_through: hard and soft have different structures; pass two like trees")
+        raise InputError(
+            "rules.straight_through: hard and soft have different structures; pass two like trees"
+        )
     for a, b in zip(pytree.tree_leaves(hard), pytree.tree_leaves(soft), strict=True):
         if tuple(a.shape) != tuple(b.shape):
             raise InputError(
@@ -117,36 +118,20 @@ def _(primals: Any, tangents: Any) -> Any:
     return (w, V), (E.diagonal(0, -2, -1).real, V @ (F * E))
 
 
-def matrix_function(f: Callable[[Any], Any], A: Any) -> Any:
-    return _spectral(f, _hermitian(A))
-
-
-def _frechet(f: Callable[[Any], Any], A: Any, *Es: Any) -> Any:
-    """The derivative of f(A) along all of Es: the sum over their orders of Σ f[wᵢ, ..., wₗ] Eᵢⱼ ... E.ₗ."""
-    w, V = torch.linalg.eigh(A)
-    k, letters = len(Es), "ijklmnopq"[: len(Es) + 1]
-    if not k:
-        return (V * f(w)[..., None, :]) @ V.mT
-    inside = [V.mT @ E @ V for E in Es]
-    formula = ",".join(["..." + letters, *("..." + letters[i : i + 2] for i in range(k))])
-    differences = _divided(f, w, k)
-    total = sum(
-        torch.einsum(f"{formula}->...{letters[0]}{letters[-1]}", differences, *order)
-        for order in permutations(inside)
-    )
+def matrix_function(f: Callable[[Any], Any], A: Any, order: int = 3) -> Any:
+    if order not in (0, 1, 2, 3):
+        raise InputError(f"rules.matrix_function: order is {order!r}; pass 0, 1, 2 or 3")
+    A = _hermitian(A)
+    w, V = torch.linalg.eigh(A.detach())
+    D = V.mT @ A @ V
+    moved = D - D.detach()  # zero, but for its derivatives, in which this is a series
+    total = f(w).diag_embed()
+    for k in range(1, order + 1):
+        total = total + torch.einsum(_SERIES[k], _divided(f, w, k), *[moved] * k)
     return V @ total @ V.mT
 
 
-_spectral = custom_jvp(_frechet, nondiff_argnums=(0,))
-
-
-@_spectral.defjvp
-def _(f: Callable[[Any], Any], primals: Any, tangents: Any) -> Any:
-    (A, *Es), (dA, *dEs) = primals, tangents
-    moved = _spectral(f, A, *Es, dA)
-    for i, dE in enumerate(dEs):
-        moved = moved + _spectral(f, A, *Es[:i], dE, *Es[i + 1 :])
-    return _spectral(f, A, *Es), moved
+_SERIES = {1: "...ij,...ij->...ij", 2: "...ijk,...ij,...jk->...ik", 3: "...ijkl,...ij,...jk,...kl->...il"}
 
 
 def _divided(f: Callable[[Any], Any], w: Any, k: int) -> Any:
@@ -167,7 +152,7 @@ def _difference(f: Callable[[Any], Any], z: Any) -> Any:
 
 
 def _meeting(f: Callable[[Any], Any], z: Any) -> Any:
-    """f[z₀, ..., z_k] of nodes that are close, to second order in their distances: f⁽ᵏ⁾/k! at their mean, and a term."""
+    """f[z₀, ..., z_k] of nodes that are close: f⁽ᵏ⁾/k! at their mean, and the term of second order."""
     k, mean = len(z) - 1, z.mean(0)
     spread = ((z - mean) ** 2).sum(0) / (2 * (k + 1) * (k + 2))
     return (_derivative(f, k)(mean) + spread * _derivative(f, k + 2)(mean)) / factorial(k)
@@ -175,9 +160,10 @@ def _meeting(f: Callable[[Any], Any], z: Any) -> Any:
 
 def _derivative(f: Callable[[Any], Any], k: int) -> Callable[[Any], Any]:
     """The k-th derivative of an elementwise function."""
-    for _ in range(k):
-        f = lambda x, f=f: torch.func.vjp(f, x)[1](torch.ones_like(x))[0]
-    return f
+    if not k:
+        return f
+    lower = _derivative(f, k - 1)
+    return lambda x: torch.func.vjp(lower, x)[1](torch.ones_like(x))[0]
 
 
 def expm(A: Any) -> Any:
