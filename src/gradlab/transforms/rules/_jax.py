@@ -45,8 +45,7 @@ def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
 
 
 def straight_through(hard: Any, soft: Any) -> Any:
-    one, other = jax.tree.structure(hard), jax.tree.structure(soft)
-    if repr(one) != repr(other):
+    if jax.tree.structure(hard) != jax.tree.structure(soft):  # type: ignore[operator]
         raise InputError(
             "rules.straight_through: hard and soft have different structures; pass two like trees"
         )
