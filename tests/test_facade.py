@@ -14,7 +14,7 @@ import gradlab.transforms
 from frameworks import FRAMEWORKS
 
 HEAVY = ["jax", "jaxlib", "torch", "equinox", "diffrax", "optax", "matplotlib", "numpy", "scipy"]
-TOPICS = ["hessians", "jacobians", "models"]
+TOPICS = ["hessians", "implicit_functions", "jacobians", "models"]
 
 
 def python(code):

@@ -10,6 +10,9 @@ Differentiate with respect to the first argument after `f`; everything after it 
     ggn_operator(model, loss, x, *args)
     jacobian(f, x, *args)               ∂f/∂x
     jacobian_operator(f, x, *args)      J @ v, J.T @ u
+    root(residual)(y0, *args)           y with residual(y, *args) = 0, differentiable in args
+    fixed_point(step)(y0, *args)        y with step(y, *args) = y
+    argmin(objective)(y0, *args)        a minimum of objective(y, *args)
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
 
 The framework is that of the arguments; `gradlab.jax` and `gradlab.torch` hold the same names bound
@@ -22,6 +25,8 @@ from typing import Any
 
 from gradlab._errors import (
     BackendError,
+    ConvergenceError,
+    ConvergenceWarning,
     GradlabError,
     InputError,
     KindError,
@@ -36,6 +41,7 @@ from gradlab.transforms.hessians import (
     hessian_operator,
     hvp,
 )
+from gradlab.transforms.implicit_functions import argmin, fixed_point, root
 from gradlab.transforms.jacobians import jacobian, jacobian_operator
 from gradlab.transforms.models import functional
 from gradlab.transforms.operators import LinearOperator
@@ -44,12 +50,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "ConvergenceError",
+    "ConvergenceWarning",
     "GradlabError",
     "InputError",
     "KindError",
     "LinearOperator",
     "StrategyError",
     "TooLargeError",
+    "argmin",
+    "fixed_point",
     "functional",
     "ggn_operator",
     "ggn_vp",
@@ -59,6 +69,7 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "root",
 ]
 
 

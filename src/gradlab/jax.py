@@ -8,10 +8,13 @@ from gradlab.transforms.hessians._jax import (
     hessian_operator,
     hvp,
 )
+from gradlab.transforms.implicit_functions._jax import argmin, fixed_point, root
 from gradlab.transforms.jacobians._jax import jacobian, jacobian_operator
 from gradlab.transforms.models._jax import functional
 
 __all__ = [
+    "argmin",
+    "fixed_point",
     "functional",
     "ggn_operator",
     "ggn_vp",
@@ -21,4 +24,5 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "root",
 ]

@@ -8,10 +8,13 @@ from gradlab.transforms.hessians._torch import (
     hessian_operator,
     hvp,
 )
+from gradlab.transforms.implicit_functions._torch import argmin, fixed_point, root
 from gradlab.transforms.jacobians._torch import jacobian, jacobian_operator
 from gradlab.transforms.models._torch import functional
 
 __all__ = [
+    "argmin",
+    "fixed_point",
     "functional",
     "ggn_operator",
     "ggn_vp",
@@ -21,4 +24,5 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "root",
 ]
