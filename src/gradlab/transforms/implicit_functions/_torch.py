@@ -1,22 +1,24 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch._C._functorch import (
-    TransformType,
-    get_interpreter_stack,
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-)
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from gradlab._typing import Leaves
+from gradlab.transforms.implicit_functions._torch_levels import (
+    closed_over,
+    complain,
+    everywhere,
+    looks_at_numbers,
+    orders,
+    outside,
+    unrecorded,
+)
+from gradlab.transforms.implicit_functions._torch_linear import inverse, solve
 from gradlab.transforms.implicit_functions.options import Method, Options, Unconverged
 from gradlab.transforms.repairs._torch import repaired
 from gradlab.transforms.trees._torch import Tree, as_tensors, scalar_function
@@ -41,7 +43,7 @@ def root(
         return like(tree, "residual's output", residual(tree.put(leaves), *args))
 
     def find(options: Options, tree: Tree, f: Flat, args: Any) -> Any:
-        direction = lambda y: solved(torch.func.jacrev(f)(y), -f(y))
+        direction = lambda y: solve(options, f, y, -f(y))
         return newton(options, direction, lambda y: (f(y) ** 2).sum(), tree.ravel(tree.leaves))
 
     return solution(options, zero, find)
@@ -89,7 +91,7 @@ def argmin(
 
     def find(options: Options, tree: Tree, f: Flat, args: Any) -> Any:
         merit = lambda y: objective(tree.put(tree.split(y)), *args)
-        return newton(options, lambda y: descent(f, y), merit, tree.ravel(tree.leaves))
+        return newton(options, lambda y: descent(options, f, y), merit, tree.ravel(tree.leaves))
 
     return solution(options, zero, find)
 
@@ -103,14 +105,17 @@ def solution(options: Options, zero: Callable[..., Leaves], find: Callable[..., 
         data = as_tensors(args)
         constant = held(data)
         f = lambda y: tree.ravel(zero(tree, tree.split(y), constant))
-        with unrecorded():
+
+        def search() -> Any:
             if options.solver is None:
                 y, converged = find(asked, tree, f, constant)
                 complain(asked, ~converged, options.unsolved)
-            else:
-                found = options.solver(options.function, tree.put(tree.leaves), *constant)
-                y = tree.ravel(like(tree, "solver's result", found))
-            y = y.detach()
+                return torch.where(converged, y, torch.nan) if is_compiling() else y
+            found = options.solver(options.function, tree.put(tree.leaves), *constant)
+            return tree.ravel(like(tree, "solver's result", found))
+
+        with unrecorded():
+            y = detached(search, f, tree).detach()
         moving = repaired(lambda y: tree.ravel(zero(tree, tree.split(y), data)))
         return tree.put(tree.split(attached(asked, moving, f, y)))
 
@@ -130,28 +135,15 @@ def attached(options: Options, moving: Flat, f: Flat, y: Any) -> Any:
     return y
 
 
-def orders(r: Any) -> int:
-    """How many derivatives will be taken of r: one a transform at work; of a recorded graph, up to three."""
-    if is_compiling():
-        return 3
-    keys = [level.key() for level in get_interpreter_stack() or ()]
-    forward = keys.count(TransformType.Jvp) or int(forward_ad._current_level >= 0)
-    count = keys.count(TransformType.Grad) + forward
-    return max(3, count + 1) if torch.is_grad_enabled() and base(r).requires_grad else count
-
-
-def base(tensor: Any) -> Any:
-    """The tensor within those of torch.func's transforms."""
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return tensor
-
-
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """Without derivatives by the transforms at work, in either mode."""
-    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-        yield
+def detached(search: Callable[[], Any], f: Flat, tree: Tree) -> Any:
+    """What search() finds, under the transforms at work, or else outside of them."""
+    try:
+        return search()
+    except RuntimeError as error:
+        if not looks_at_numbers(error):
+            raise
+    start = tree.ravel(tree.leaves)
+    return outside(search, [*tree.leaves, *closed_over(f, start)])
 
 
 def held(tree: Any) -> Any:
@@ -227,36 +219,12 @@ def mixed(ys: Leaves, zs: Leaves) -> Any:
     return torch.where(accelerated.isfinite().all(), accelerated, zs[-1])
 
 
-def everywhere(mask: Any) -> bool:
-    """Whether this holds for every example of the batches at work; in compiled code nothing is known of it."""
-    return not is_compiling() and bool(base(mask).all())
-
-
-def solved(A: Any, b: Any) -> Any:
-    """A⁻¹ b, not finite where A is singular."""
-    return torch.linalg.solve_ex(A, b)[0]
-
-
-def descent(f: Flat, y: Any) -> Any:
-    """-|H|⁻¹ g with the eigenvalues of H made positive."""
+def descent(options: Options, f: Flat, y: Any) -> Any:
+    """-|H|⁻¹ g with the eigenvalues of H made positive; by an iterative linear solver -H⁻¹ g, or -g if that rises."""
     g = f(y)
+    if options.linear_solver != "direct":
+        p = solve(options, f, y, -g)
+        return torch.where(p @ g < 0, p, -g)
     values, vectors = torch.linalg.eigh(torch.func.jacrev(f)(y))
     sizes = values.abs()
-    return -vectors @ (vectors.T @ g / sizes.clamp(min=torch.finfo(g.dtype).eps * sizes.max()))
-
-
-def inverse(options: Options, f: Flat, y: Any) -> Flat:
-    """A⁻¹ with A = ∂f/∂y at a point, both without derivatives."""
-    A = torch.func.jacrev(f)(y).detach()
-    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    X = solved(A, eye)
-    complain(
-        options, ~((A @ X - eye).abs().amax() <= torch.finfo(A.dtype).eps ** 0.5), options.unsolved_linear
-    )
-    return lambda b: X @ b
-
-
-def complain(options: Options, bad: Any, message: str) -> None:
-    """The error or warning asked for, where any example is `bad`."""
-    if not is_compiling() and bool(base(bad).any()):
-        options.report(message)
+    return -vectors @ (vectors.T @ g / sizes.clamp(min=torch.finfo(g.dtype).eps * sizes.amax()))

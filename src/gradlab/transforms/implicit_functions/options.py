@@ -102,7 +102,7 @@ class Options:
 def found_later(contract: Contract) -> Contract:
     """Make the public function of a contract: its solution looks at its arguments for their framework."""
     op = contract.__name__
-    defaults = contract.__kwdefaults__
+    defaults: Any = contract.__kwdefaults__
 
     @wraps(contract)
     def declared(function: Any, solver: Any = None, **options: Any) -> Callable[..., Any]:
