@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optimistix as optx
+from jax.flatten_util import ravel_pytree
 
+from gradlab._errors import InputError, KindError
 from gradlab._typing import Leaves
 from gradlab.transforms.implicit_functions.options import Method, Options, Unconverged
 from gradlab.transforms.linearised._jax import gradient_of
@@ -35,7 +36,7 @@ def root(
     def zero(residual: Any, tree: Tree, leaves: Leaves, args: Any) -> Leaves:
         return like(tree, "residual's output", residual(tree.put(leaves), *args))
 
-    def find(options: Options, tree: Tree, f: Flat, args: Any) -> Any:
+    def find(options: Options, tree: Tree, f: Flat, function: Flat) -> Any:
         direction = lambda y: inverse(options, f, y, -f(y))
         return newton(options, direction, lambda y: jnp.sum(f(y) ** 2), tree.ravel(tree.leaves))
 
@@ -59,7 +60,7 @@ def fixed_point(
         stepped = like(tree, "step's output", step(tree.put(leaves), *args))
         return [y - z for y, z in zip(leaves, stepped, strict=True)]
 
-    def find(options: Options, tree: Tree, f: Flat, args: Any) -> Any:
+    def find(options: Options, tree: Tree, f: Flat, function: Flat) -> Any:
         method: Any = optx.FixedPointIteration(options.rtol, options.atol)
         moved = lambda y, _: y - f(y)
         found: Any = optx.fixed_point(
@@ -86,9 +87,8 @@ def argmin(
     def zero(objective: Any, tree: Tree, leaves: Leaves, args: Any) -> Leaves:
         return gradient_of(scalar_function("argmin", objective, tree, args, False))(leaves)[0]
 
-    def find(options: Options, tree: Tree, f: Flat, args: Any) -> Any:
-        merit = lambda y: options.function(tree.put(tree.split(y)), *args)
-        return newton(options, partial(descent, options, f), merit, tree.ravel(tree.leaves))
+    def find(options: Options, tree: Tree, f: Flat, function: Flat) -> Any:
+        return newton(options, partial(descent, options, f), function, tree.ravel(tree.leaves))
 
     return solution(options, zero, find)
 
@@ -105,13 +105,14 @@ def solution(options: Options, zero: Callable[..., Leaves], find: Callable[..., 
             options.function, start, *args
         )  # what it closes over, as leaves
         equations = eqx.filter_closure_convert(partial(zero, function, tree), tree.leaves, args)
-        asked = replace(asked, function=held(function))
         if options.solver is None:
             f = lambda y: tree.ravel(held(equations)(tree.split(y), held(args)))
-            y, converged = find(asked, tree, f, held(args))
+            y, converged = find(
+                asked, tree, f, lambda y: held(function)(tree.put(tree.split(y)), *held(args))
+            )
             found = tree.split(complain(asked, y, ~converged, options.unsolved))
         else:
-            found = like(tree, "solver's result", options.solver(asked.function, start, *held(args)))
+            found = like(tree, "solver's result", options.solver(held(function), start, *held(args)))
         adjoint = optx.ImplicitAdjoint(Solve(asked))
         return tree.put(adjoint.apply(_found, _residual, (held(found), equations, args), frozenset())[0])
 
@@ -138,7 +139,10 @@ def as_array(x: Any) -> Any:
 
 def like(tree: Tree, name: str, y: Any) -> Leaves:
     """The leaves of a tree that must be like y0."""
-    return tree.direction(y, name)
+    try:
+        return tree.direction(y, name)
+    except (InputError, KindError) as error:
+        raise type(error)(f"{str(error).rpartition(';')[0]}; return a tree like y0") from None
 
 
 def newton(options: Options, direction: Flat, merit: Flat, start: Any) -> tuple[Any, Any]:
@@ -221,7 +225,9 @@ class Solve(lx.AbstractLinearSolver):
         elif self.asked.linear_solver == "neumann":
             x = neumann(self.asked, operator.mv, vector)
         else:
-            x = self.asked.linear_solver(operator.mv, vector)  # type: ignore[operator]
+            flat, shaped = ravel_pytree(vector)
+            matvec = lambda v: ravel_pytree(operator.mv(shaped(v)))[0]
+            x = shaped(self.asked.linear_solver(matvec, flat))  # type: ignore[operator]
         return self.seen(operator, x, vector) if self.checked else x, lx.RESULTS.successful, {}
 
     def method(self, operator: Any) -> Any:
@@ -243,7 +249,7 @@ class Solve(lx.AbstractLinearSolver):
     def seen(self, operator: Any, x: Any, b: Any) -> Any:
         """x, if |A x - b| is within the tolerance; of a direct solve, within the square root of the rounding."""
         options = self.asked
-        flat = lambda tree: jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+        flat = lambda tree: ravel_pytree(tree)[0]
         r = flat(operator.mv(x)) - flat(b)
         rtol = options.rtol if options.linear_solver != "direct" else jnp.finfo(r.dtype).eps ** 0.5
         small = jnp.linalg.norm(r) <= options.atol * r.size**0.5 + rtol * jnp.linalg.norm(flat(b))

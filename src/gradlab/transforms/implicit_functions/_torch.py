@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
+from gradlab._errors import InputError, KindError
 from gradlab._typing import Leaves
 from gradlab.transforms.implicit_functions._torch_levels import (
     closed_over,
@@ -42,7 +44,7 @@ def root(
     def zero(tree: Tree, leaves: Leaves, args: Any) -> Leaves:
         return like(tree, "residual's output", residual(tree.put(leaves), *args))
 
-    def find(options: Options, tree: Tree, f: Flat, args: Any) -> Any:
+    def find(options: Options, tree: Tree, f: Flat, function: Flat) -> Any:
         direction = lambda y: solve(options, f, y, -f(y))
         return newton(options, direction, lambda y: (f(y) ** 2).sum(), tree.ravel(tree.leaves))
 
@@ -66,7 +68,7 @@ def fixed_point(
         stepped = like(tree, "step's output", step(tree.put(leaves), *args))
         return [y - z for y, z in zip(leaves, stepped, strict=True)]
 
-    def find(options: Options, tree: Tree, f: Flat, args: Any) -> Any:
+    def find(options: Options, tree: Tree, f: Flat, function: Flat) -> Any:
         return anderson(options, lambda y: y - f(y), tree.ravel(tree.leaves))
 
     return solution(options, zero, find)
@@ -89,9 +91,8 @@ def argmin(
         scalar = scalar_function("argmin", objective, tree, args, False)
         return torch.func.grad(lambda leaves: scalar(leaves)[0][0])(list(leaves))
 
-    def find(options: Options, tree: Tree, f: Flat, args: Any) -> Any:
-        merit = lambda y: objective(tree.put(tree.split(y)), *args)
-        return newton(options, lambda y: descent(options, f, y), merit, tree.ravel(tree.leaves))
+    def find(options: Options, tree: Tree, f: Flat, function: Flat) -> Any:
+        return newton(options, partial(descent, options, f), function, tree.ravel(tree.leaves))
 
     return solution(options, zero, find)
 
@@ -108,14 +109,16 @@ def solution(options: Options, zero: Callable[..., Leaves], find: Callable[..., 
 
         def search() -> Any:
             if options.solver is None:
-                y, converged = find(asked, tree, f, constant)
+                y, converged = find(
+                    asked, tree, f, lambda y: options.function(tree.put(tree.split(y)), *constant)
+                )
                 complain(asked, ~converged, options.unsolved)
                 return torch.where(converged, y, torch.nan) if is_compiling() else y
             found = options.solver(options.function, tree.put(tree.leaves), *constant)
             return tree.ravel(like(tree, "solver's result", found))
 
         with unrecorded():
-            y = detached(search, f, tree).detach()
+            y = detached(search, f, tree, constant).detach()
         moving = repaired(lambda y: tree.ravel(zero(tree, tree.split(y), data)))
         return tree.put(tree.split(attached(asked, moving, f, y)))
 
@@ -129,21 +132,22 @@ def attached(options: Options, moving: Flat, f: Flat, y: Any) -> Any:
     if steps == 0:
         return y
     with unrecorded():
-        value, apply = f(y).detach(), inverse(options, f, y)
+        apply = inverse(options, f, y)
+    value = r.detach()
     for i in range(steps):
         y = y - apply((moving(y) if i else r) - value)
     return y
 
 
-def detached(search: Callable[[], Any], f: Flat, tree: Tree) -> Any:
+def detached(search: Callable[[], Any], f: Flat, tree: Tree, args: Any) -> Any:
     """What search() finds, under the transforms at work, or else outside of them."""
     try:
         return search()
     except RuntimeError as error:
         if not looks_at_numbers(error):
             raise
-    start = tree.ravel(tree.leaves)
-    return outside(search, [*tree.leaves, *closed_over(f, start)])
+    given = [x for x in pytree.tree_leaves((tree.all, args)) if isinstance(x, torch.Tensor)]
+    return outside(search, [*given, *closed_over(f, tree.ravel(tree.leaves))])
 
 
 def held(tree: Any) -> Any:
@@ -153,7 +157,10 @@ def held(tree: Any) -> Any:
 
 def like(tree: Tree, name: str, y: Any) -> Leaves:
     """The leaves of a tree that must be like y0."""
-    return tree.direction(y, name)
+    try:
+        return tree.direction(y, name)
+    except (InputError, KindError) as error:
+        raise type(error)(f"{str(error).rpartition(';')[0]}; return a tree like y0") from None
 
 
 def newton(options: Options, direction: Flat, merit: Flat, y: Any) -> tuple[Any, Any]:
@@ -163,7 +170,8 @@ def newton(options: Options, direction: Flat, merit: Flat, y: Any) -> tuple[Any,
     tolerances, or within the square root of the rounding and no longer halving: then rounding is all that moves y.
     """
     eps = torch.finfo(y.dtype).eps
-    last, converged, failed = torch.inf, torch.tensor(False), torch.tensor(False)
+    last, converged = torch.inf, torch.zeros((), dtype=torch.bool, device=y.device)
+    failed = converged
     for _ in range(options.steps(256 if not is_compiling() else 16)):
         p = direction(y)
         size, scale = torch.linalg.vector_norm(p), torch.linalg.vector_norm(y)
@@ -191,7 +199,7 @@ def anderson(options: Options, step: Flat, y: Any, memory: int = 5) -> tuple[Any
     """Where a step moves y no more, and whether it does so."""
     ys: list[Any] = []
     steps: list[Any] = []
-    converged = torch.tensor(False)
+    converged = torch.zeros((), dtype=torch.bool, device=y.device)
     for _ in range(options.steps(4096 if not is_compiling() else 64)):
         z = step(y)
         r = z - y
