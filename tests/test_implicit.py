@@ -236,7 +236,7 @@ def message(error):
 def test_a_solution_of_another_structure_is_refused(fw):
     one = fw.array(np.ones(2))
     for solver in (lambda f, y: {"y": y}, lambda f, y: y[0], lambda f, y: (y, y)):
-        with pytest.raises(InputError, match=r"root: solver's result.* has .*; return a tree like y0"):
+        with pytest.raises(InputError, match=r"(?s)root: solver's result.* has .*; return a tree like y0"):
             fw.gl.root(lambda y: y - 1.0, solver)(one)
     with pytest.raises(InputError, match=r"root: residual's output.* has shape \(\)"):
         fw.gl.root(lambda y: y.sum())(one)
@@ -270,7 +270,7 @@ def test_no_solution_is_an_error(fw):
     one = fw.array(np.array(1.0))
     calls = {
         "root": lambda **k: fw.gl.root(lambda y: y**2 + 1.0, max_steps=30, **k)(one),
-        "fixed_point": lambda **k: fw.gl.fixed_point(lambda y: 2 * y + 1.0, max_steps=30, **k)(one),
+        "fixed_point": lambda **k: fw.gl.fixed_point(lambda y: y + 1.0, max_steps=30, **k)(one),
         "argmin": lambda **k: fw.gl.argmin(lambda y: y, max_steps=30, **k)(one),
     }
     for op, call in calls.items():

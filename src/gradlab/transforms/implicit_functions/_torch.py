@@ -22,7 +22,7 @@ from gradlab.transforms.implicit_functions._torch_levels import (
 )
 from gradlab.transforms.implicit_functions._torch_linear import inverse, solve
 from gradlab.transforms.implicit_functions.options import Method, Options, Unconverged
-from gradlab.transforms.repairs._torch import repaired
+from gradlab.transforms.repairs._torch import repaired, transforming
 from gradlab.transforms.trees._torch import Tree, as_tensors, scalar_function
 
 Flat = Callable[[Any], Any]  # of y as one flat vector
@@ -89,7 +89,7 @@ def argmin(
 
     def zero(tree: Tree, leaves: Leaves, args: Any) -> Leaves:
         scalar = scalar_function("argmin", objective, tree, args, False)
-        return torch.func.grad(lambda leaves: scalar(leaves)[0][0])(list(leaves))
+        return gradient(lambda leaves: scalar(leaves)[0][0], leaves)
 
     def find(options: Options, tree: Tree, f: Flat, function: Flat) -> Any:
         return newton(options, partial(descent, options, f), function, tree.ravel(tree.leaves))
@@ -137,6 +137,17 @@ def attached(options: Options, moving: Flat, f: Flat, y: Any) -> Any:
     for i in range(steps):
         y = y - apply((moving(y) if i else r) - value)
     return y
+
+
+def gradient(f: Callable[[Leaves], Any], leaves: Leaves) -> Leaves:
+    """∇f, which can be differentiated again; in plain eager code by a recorded graph, half as dear as torch.func's."""
+    if transforming():
+        return torch.func.grad(f)(list(leaves))
+    moving = any(x.requires_grad for x in leaves)
+    again = torch.is_grad_enabled() and (moving or f(leaves).requires_grad)
+    with torch.enable_grad():
+        xs = [x if again and x.requires_grad else x.detach().requires_grad_() for x in leaves]
+        return torch.autograd.grad(f(xs), xs, create_graph=again, materialize_grads=True)
 
 
 def detached(search: Callable[[], Any], f: Flat, tree: Tree, args: Any) -> Any:

@@ -146,21 +146,23 @@ def cg(options: Options, matvec: Flat, b: Any) -> Any:
 
 
 def gmres(options: Options, matvec: Flat, b: Any, restart: int = 32) -> Any:
-    """Generalised minimal residuals: the best x of each Krylov space, from an orthonormal basis of it."""
-    x, r = torch.zeros_like(b), b
-    m = min(restart, b.numel())
-    for _ in range(-(-options.steps(10 * b.numel()) // m)):
-        done = small(options, r, b, 1 / 2)
-        if everywhere(done):
-            break
-        basis, images = [unit(r)], []
-        for k in range(m):
-            images.append(matvec(basis[k]))
-            basis.append(unit(orthogonal(images[k], torch.stack(basis))))
-        V, W = torch.stack(basis[:m]), torch.stack(images)
-        weights = torch.linalg.pinv(W.T) @ r
-        x = torch.where(done, x, x + weights @ V)
+    """Generalised minimal residuals: of each Krylov space the x whose image comes nearest."""
+    x, r, steps = torch.zeros_like(b), b, options.steps(10 * b.numel())
+    done = small(options, r, b, 1 / 2)
+    while steps > 0 and not everywhere(done):
+        left, space, images, reached = r, [unit(r)], [], [torch.zeros_like(b)]
+        for k in range(min(restart, b.numel(), steps)):
+            images.append(matvec(space[k]))
+            reached.append(unit(orthogonal(images[k], torch.stack(reached))))
+            left = left - reached[-1] * (reached[-1] @ left)
+            if everywhere(done | small(options, left, b, 1 / 4)):
+                break
+            space.append(unit(orthogonal(images[k], torch.stack(space))))
+        steps -= len(images)
+        weights = torch.linalg.pinv(torch.stack(images).T) @ r
+        x = torch.where(done, x, x + weights @ torch.stack(space[: len(images)]))
         r = b - matvec(x)
+        done = small(options, r, b, 1 / 2)
     return x
 
 
