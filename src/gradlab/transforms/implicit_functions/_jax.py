@@ -236,9 +236,10 @@ class Solve(lx.AbstractLinearSolver):
         if options.linear_solver == "cg":
             return lx.CG(options.rtol / 2, options.atol / 2, max_steps=options.steps(10 * n))
         if options.linear_solver == "gmres":
-            return lx.GMRES(
-                options.rtol / 2, options.atol / 2, max_steps=options.steps(10 * n), restart=min(n, 64)
-            )
+            steps = options.steps(10 * n)
+            space = min(n, 20, steps)  # lineax fills a whole one before it looks at the residual
+            cycles = -(-steps // space)
+            return lx.GMRES(options.rtol / 2, options.atol / 2, max_steps=cycles, restart=space)
         return lx.LU() if options.linear_solver == "direct" else None
 
     def viewed(self, operator: Any) -> Any:
