@@ -14,7 +14,7 @@ import gradlab.transforms
 from frameworks import FRAMEWORKS
 
 HEAVY = ["jax", "jaxlib", "torch", "equinox", "diffrax", "optax", "matplotlib", "numpy", "scipy"]
-TOPICS = ["custom_rules", "hessians", "jacobians", "models", "rules"]
+TOPICS = ["custom_rules", "hessians", "implicit_functions", "jacobians", "models", "rules"]
 
 
 def python(code):

@@ -11,6 +11,9 @@ Differentiate with respect to the first argument after `f`; everything after it 
     jacobian(f, x, *args)               ∂f/∂x
     jacobian_operator(f, x, *args)      J @ v, J.T @ u
     custom_vjp(f), custom_jvp(f)        f with a derivative rule that holds in every mode and nest
+    root(residual)(y0, *args)           y with residual(y, *args) = 0, differentiable in args
+    fixed_point(step)(y0, *args)        y with step(y, *args) = y
+    argmin(objective)(y0, *args)        a minimum of objective(y, *args)
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
     rules.norm(x), rules.eigh(A), ...   functions with derivatives right where plain formulas' are not
 
@@ -24,6 +27,8 @@ from typing import Any
 
 from gradlab._errors import (
     BackendError,
+    ConvergenceError,
+    ConvergenceWarning,
     GradlabError,
     InputError,
     KindError,
@@ -39,6 +44,7 @@ from gradlab.transforms.hessians import (
     hessian_operator,
     hvp,
 )
+from gradlab.transforms.implicit_functions import argmin, fixed_point, root
 from gradlab.transforms.jacobians import jacobian, jacobian_operator
 from gradlab.transforms.models import functional
 from gradlab.transforms.operators import LinearOperator
@@ -47,14 +53,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "ConvergenceError",
+    "ConvergenceWarning",
     "GradlabError",
     "InputError",
     "KindError",
     "LinearOperator",
     "StrategyError",
     "TooLargeError",
+    "argmin",
     "custom_jvp",
     "custom_vjp",
+    "fixed_point",
     "functional",
     "ggn_operator",
     "ggn_vp",
@@ -64,6 +74,7 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "root",
 ]
 
 

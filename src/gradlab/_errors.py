@@ -23,3 +23,11 @@ class StrategyError(GradlabError, ValueError):
 
 class TooLargeError(GradlabError, MemoryError):
     """The dense result asked for cannot fit in the device's memory."""
+
+
+class ConvergenceError(GradlabError, RuntimeError):
+    """An iteration stopped before it had reached its tolerance, or a linear solve met a singular matrix."""
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """The same, where a warning was asked for."""

@@ -9,13 +9,16 @@ from gradlab.transforms.hessians._jax import (
     hessian_operator,
     hvp,
 )
+from gradlab.transforms.implicit_functions._jax import argmin, fixed_point, root
 from gradlab.transforms.jacobians._jax import jacobian, jacobian_operator
 from gradlab.transforms.models._jax import functional
 from gradlab.transforms.rules import _jax as rules
 
 __all__ = [
+    "argmin",
     "custom_jvp",
     "custom_vjp",
+    "fixed_point",
     "functional",
     "ggn_operator",
     "ggn_vp",
@@ -25,5 +28,6 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "root",
     "rules",
 ]

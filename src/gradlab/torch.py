@@ -9,13 +9,16 @@ from gradlab.transforms.hessians._torch import (
     hessian_operator,
     hvp,
 )
+from gradlab.transforms.implicit_functions._torch import argmin, fixed_point, root
 from gradlab.transforms.jacobians._torch import jacobian, jacobian_operator
 from gradlab.transforms.models._torch import functional
 from gradlab.transforms.rules import _torch as rules
 
 __all__ = [
+    "argmin",
     "custom_jvp",
     "custom_vjp",
+    "fixed_point",
     "functional",
     "ggn_operator",
     "ggn_vp",
@@ -25,5 +28,6 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "root",
     "rules",
 ]
