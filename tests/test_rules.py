@@ -193,6 +193,43 @@ def test_batches_of_matrices(fw):
         np.testing.assert_allclose(fw.numpy(at_once), fw.numpy(mapped), rtol=1e-12, atol=1e-12)
 
 
+B = rng.normal(size=(6, 6))
+PROBES = np.linalg.qr(rng.normal(size=(6, 6)))[0] * 6**0.5
+
+
+def estimate(fw, probes, **options):
+    """Of log det (s B Bᵀ + diag t), for x = (s, t)."""
+    outer, probes = fw.array(B @ B.T), fw.array(probes)
+    matvec = lambda v, x: x[0] * (outer @ v) + x[1:] * v
+    return lambda x: fw.gl.rules.stochastic_logdet(matvec, probes, x, **options)
+
+
+def exact(fw):
+    outer = fw.array(B @ B.T)
+    return lambda x: fw.gl.rules.logdet(x[0] * outer + fw.xp.diag(x[1:]))
+
+
+X = np.concatenate([[0.7], rng.uniform(0.5, 2.0, 6)])
+
+
+def test_logdet_of_orthogonal_probes_is_exact(fw):
+    x, found, right = fw.array(X), estimate(fw, PROBES), exact(fw)
+    np.testing.assert_allclose(fw.numpy(found(x)), fw.numpy(right(x)), rtol=1e-12)
+    for derivative in (fw.grad, lambda f: fw.jacfwd(fw.grad(f)), lambda f: fw.jacrev(fw.jacfwd(f))):
+        one, other = fw.numpy(derivative(found)(x)), fw.numpy(derivative(right)(x))
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_logdet_of_random_probes_is_unbiased(fw):
+    probes = np.random.default_rng(1).choice([-1.0, 1.0], size=(400, 6))
+    x, right = fw.array(X), exact(fw)
+    found, truth = fw.numpy(fw.grad(estimate(fw, probes, order=1))(x)), fw.numpy(fw.grad(right)(x))
+    alone = np.array([fw.numpy(fw.grad(estimate(fw, z[None], order=1))(x)) for z in probes[:40]])
+    assert (np.abs(found - truth) <= 5 * alone.std(0) / 20 + 1e-12).all()
+    value = fw.numpy(estimate(fw, probes)(x))
+    np.testing.assert_allclose(value, fw.numpy(right(x)), rtol=0.05)
+
+
 def test_checkpoint_runs_again(fw):
     calls = []
 
@@ -213,6 +250,7 @@ def test_bad_input(fw):
         (lambda: rules.matrix_function(fw.xp.exp, fw.array(S), order=4), "order is 4; pass 0, 1, 2 or 3"),
         (lambda: rules.straight_through(x, x[:1]), "shape"),
         (lambda: rules.straight_through(x, [x]), "different structures"),
+        (lambda: rules.stochastic_logdet(lambda v: v, x), "probes has shape"),
     ):
         with pytest.raises(InputError, match=message):
             call()

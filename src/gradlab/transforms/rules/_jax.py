@@ -12,6 +12,7 @@ from jax.lax import stop_gradient
 
 from gradlab._errors import InputError
 from gradlab.transforms.custom_rules._jax import custom_jvp
+from gradlab.transforms.implicit_functions._jax import root
 
 Axis = int | tuple[int, ...] | None
 
@@ -179,6 +180,52 @@ def _(primals: Any, tangents: Any) -> Any:
     (A,), (dA,) = primals, tangents
     X = _inverse(A)
     return X, -X @ dA @ X
+
+
+def stochastic_logdet(
+    matvec: Callable[..., Any], probes: Any, *params: Any, steps: int = 30, order: int = 3
+) -> Any:
+    if probes.ndim != 2 or steps < 1 or order not in (0, 1, 2, 3):
+        raise InputError(
+            f"rules.stochastic_logdet: probes has shape {tuple(probes.shape)}, steps is {steps!r}, order is {order!r}; "
+            "pass probes of shape (k, n), a positive number of steps, and an order from 0 to 3"
+        )
+    held = stop_gradient(params)
+    fixed = lambda v: matvec(v, *held)
+    inverse = root(lambda y, b: fixed(y) - b, linear_solver="cg")
+
+    def one(z: Any) -> Any:
+        total, v = _quadrature(fixed, z, min(steps, z.shape[0])), z
+        w = inverse(jnp.zeros_like(z), z) if order else z
+        for k in range(1, order + 1):
+            moved = matvec(v, *params) - fixed(v)  # zero, but for its derivatives, in which this is a series
+            total = total - (-1) ** k / k * (w * moved).sum()
+            v = inverse(jnp.zeros_like(z), moved) if k < order else v
+        return total
+
+    return jax.vmap(one)(probes).mean()
+
+
+def _quadrature(matvec: Callable[..., Any], z: Any, steps: int) -> Any:
+    """zᵀ log(A) z, by Lanczos' iteration with full orthogonalisation; nothing is differentiated."""
+
+    def step(carry: Any, i: Any) -> Any:
+        Q, q = carry
+        Q, v = Q.at[i].set(q), matvec(q)
+        a = (q * v).sum()
+        for _ in range(2):
+            v = v - Q.mT @ (Q @ v)
+        b = norm(v)
+        lost = b <= 100 * jnp.finfo(v.dtype).eps * jnp.abs(a)  # the space is exhausted
+        return (Q, jnp.where(lost, 0.0, v / jnp.where(lost, 1.0, b))), (a, jnp.where(lost, 0.0, b))
+
+    size = norm(z)
+    start = jnp.zeros((steps, *z.shape), z.dtype), z / size
+    _, (a, b) = jax.lax.scan(step, start, jnp.arange(steps))
+    theta, U = jnp.linalg.eigh(jnp.diag(a) + jnp.diag(b[:-1], 1) + jnp.diag(b[:-1], -1))
+    tau = U[0]
+    logs = jnp.where(tau == 0, 0.0, tau**2 * jnp.log(jnp.where(tau == 0, 1.0, theta)))
+    return stop_gradient(size**2 * logs.sum())
 
 
 def checkpoint(f: Callable[..., Any], *args: Any) -> Any:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from gradlab._errors import InputError
 from gradlab.transforms.custom_rules._torch import custom_jvp, custom_vjp
+from gradlab.transforms.implicit_functions._torch import root
 
 Axis = int | tuple[int, ...] | None
 
@@ -191,6 +192,52 @@ def _(primals: Any, tangents: Any) -> Any:
     (A,), (dA,) = primals, tangents
     X = _inverse(A)
     return X, -X @ dA @ X
+
+
+def stochastic_logdet(
+    matvec: Callable[..., Any], probes: Any, *params: Any, steps: int = 30, order: int = 3
+) -> Any:
+    if probes.ndim != 2 or steps < 1 or order not in (0, 1, 2, 3):
+        raise InputError(
+            f"rules.stochastic_logdet: probes has shape {tuple(probes.shape)}, steps is {steps!r}, order is {order!r}; "
+            "pass probes of shape (k, n), a positive number of steps, and an order from 0 to 3"
+        )
+    held = pytree.tree_map(lambda p: p.detach() if isinstance(p, torch.Tensor) else p, params)
+    fixed = lambda v: matvec(v, *held)
+    inverse = root(lambda y, b: fixed(y) - b, linear_solver="cg")
+
+    def one(z: Any) -> Any:
+        total, v = _quadrature(fixed, z, min(steps, z.shape[0])), z
+        w = inverse(torch.zeros_like(z), z) if order else z
+        for k in range(1, order + 1):
+            moved = matvec(v, *params) - fixed(v)  # zero, but for its derivatives, in which this is a series
+            total = total - (-1) ** k / k * (w * moved).sum()
+            v = inverse(torch.zeros_like(z), moved) if k < order else v
+        return total
+
+    return torch.func.vmap(one)(probes).mean()
+
+
+def _quadrature(matvec: Callable[..., Any], z: Any, steps: int) -> Any:
+    """zᵀ log(A) z, by Lanczos' iteration with full orthogonalisation; nothing is differentiated."""
+    z = z.detach()
+    size = norm(z)
+    basis, diagonal, beside = [z / size], [], []
+    for _ in range(steps):
+        v, Q = matvec(basis[-1]).detach(), torch.stack(basis)
+        a = (basis[-1] * v).sum()
+        for _ in range(2):
+            v = v - Q.mT @ (Q @ v)
+        b = norm(v)
+        lost = b <= 100 * torch.finfo(v.dtype).eps * a.abs()  # the space is exhausted
+        diagonal.append(a)
+        beside.append(torch.where(lost, 0.0, b))
+        basis.append(torch.where(lost, 0.0, v / torch.where(lost, 1.0, b)))
+    a, b = torch.stack(diagonal), torch.stack(beside)[:-1]
+    theta, U = torch.linalg.eigh(a.diag_embed() + b.diag_embed(1) + b.diag_embed(-1))
+    tau = U[0]
+    logs = torch.where(tau == 0, 0.0, tau**2 * torch.where(tau == 0, 1.0, theta).log())
+    return size**2 * logs.sum()
 
 
 def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
