@@ -99,6 +99,7 @@ def test_kepler(fw):
     np.testing.assert_allclose(second, -0.9 * np.sin(E) * slope**3, rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_differences_to_third_order(fw):
     """A fixed point without a closed form, and the multinomial logistic regression of a small data set."""
     dottie = fw.gl.fixed_point(lambda y, a: fw.xp.cos(a * y))
@@ -334,6 +335,7 @@ def test_a_tolerance_is_honoured(fw):
     assert errors[0] > 1e-10  # else the tolerance would not have been used
 
 
+@pytest.mark.slow
 def test_compiled_torch_says_what_it_cannot():
     torch = pytest.importorskip("torch")
     fw = load("torch")
