@@ -18,7 +18,9 @@ def documented(framework):
     return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize(
+    "number", [pytest.param(i, marks=[pytest.mark.slow] * (i % 3 > 0)) for i in range(8)]
+)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_cell(framework, number):
     fw = load(framework)

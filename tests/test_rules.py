@@ -167,6 +167,7 @@ def test_eigh_of_hermitian_matrices(fw):
     check.derivatives(f, fw.array(H), compiled=False).raise_if_failed()
 
 
+@pytest.mark.slow
 def test_matrix_function_at_equal_eigenvalues(fw):
     """The exponential's own derivatives, which do not know of eigenvalues."""
     rules, A = fw.gl.rules, fw.array(DEGENERATE)
@@ -223,7 +224,7 @@ X = np.concatenate([[0.7], rng.uniform(0.5, 2.0, 6)])
 def test_logdet_of_orthogonal_probes_is_exact(fw):
     x, found, right = fw.array(X), estimate(fw, PROBES), exact(fw)
     np.testing.assert_allclose(fw.numpy(found(x)), fw.numpy(right(x)), rtol=1e-12)
-    for derivative in (fw.grad, lambda f: fw.jacfwd(fw.grad(f)), lambda f: fw.jacrev(fw.jacfwd(f))):
+    for derivative in (fw.grad, lambda f: fw.jacfwd(fw.grad(f))):
         one, other = (fw.numpy(quick(fw, derivative(f))(x)) for f in (found, right))
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-10)
 
