@@ -63,7 +63,7 @@ WRONG = {
 POINT = np.linspace(0.4, 2.0, 23)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 @pytest.mark.parametrize("name", WRONG)
 def test_planted_wrong_rules_fail(fw, name, dtype):
     slope, blamed = WRONG[name]
@@ -127,7 +127,7 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 @pytest.mark.parametrize("name", HARD)
 def test_right_but_hard_functions_pass(fw, name, dtype):
     f, x = HARD[name]

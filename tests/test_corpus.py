@@ -9,7 +9,7 @@ from frameworks import FRAMEWORKS
 from gradlab import check
 
 AT_LEAST = 40  # of each kind and framework
-SLOW = 12  # all but every so many are left to `make test-all`: jax compiles a score of programs for each
+SLOW = 16  # all but every so many are left to `make test-all`: jax compiles a score of programs for each
 CASES = {name: corpus(name) if importlib.util.find_spec(name) else [] for name in FRAMEWORKS}
 
 

@@ -19,7 +19,7 @@ def documented(framework):
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(i, marks=[pytest.mark.slow] * (i % 3 > 0)) for i in range(8)]
+    "number", [pytest.param(i, marks=[pytest.mark.slow] * (i % 4 > 0)) for i in range(8)]
 )
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_cell(framework, number):

@@ -39,7 +39,16 @@ def run(project, source, *options):
 
 def blocked(framework):
     """A conftest under which a framework is as if not installed."""
-    return f"import sys\nsys.modules[{framework!r}] = None\n"
+    return f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {framework!r}:
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
 
 
 MARKED = """
