@@ -130,8 +130,7 @@ class Ladder:
     @property
     def _quantum(self) -> np.ndarray:
         """The least change over the ladder, where g does not change over its finest step."""
-        moved = np.abs(np.concatenate([self.plus, self.minus]) - self.centre)
-        least = np.where(moved > 0, moved, np.inf).min(axis=0)
+        least = np.where(self._changes > 0, self._changes, np.inf).min(axis=0)
         flat = (self.plus[-1] == self.centre) & (self.minus[-1] == self.centre)
         return np.where(flat & np.isfinite(least), least, 0.0)
 
@@ -161,8 +160,11 @@ class Ladder:
 
     @cached_property
     def _moved(self) -> np.ndarray:
-        moved = np.abs(np.concatenate([self.plus, self.minus]) - self.centre)
-        return np.where(np.isfinite(moved), moved, 0.0).max(axis=0)
+        return np.where(np.isfinite(self._changes), self._changes, 0.0).max(axis=0)
+
+    @cached_property
+    def _changes(self) -> np.ndarray:
+        return np.abs(np.concatenate([self.plus, self.minus]) - self.centre)
 
     def slope(self) -> Estimate:
         """d/dt g(x + t v) at t = 0."""

@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from gradlab._errors import StrategyError
@@ -14,14 +14,15 @@ from gradlab.transforms.custom_rules._torch_calls import (
     Call,
     Pulled,
     Pushed,
-    is_inexact,
     refuse_unlike,
 )
 from gradlab.transforms.custom_rules._torch_levels import (
     holds_tensor,
+    is_inexact,
     mixed_batches,
     tracked,
     transforming,
+    without_tangents,
 )
 from gradlab.transforms.custom_rules.declared import Declared
 from gradlab.transforms.linearised._torch import materialised
@@ -198,7 +199,7 @@ class Nested(torch.autograd.Function):
     def jvp(ctx: Any, *ts: Any) -> Any:
         """With forward mode switched on, which torch switches off here: a silent 0 in nests (pytorch#197867)."""
         with _set_fwd_grad_enabled(True):
-            here = [unpack_dual(t, level=0).primal if is_inexact(t) else t for t in ctx.saved_tensors]
+            here = without_tangents(ctx.saved_tensors)
             moved = [None if t is None else materialised(t) for t in ts[1 : 1 + ctx.call.width]]
             return tuple(t.contiguous() for t in ctx.call.push(*parts(ctx.call, here), moved))
 

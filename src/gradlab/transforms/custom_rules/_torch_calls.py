@@ -11,7 +11,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.utils import _pytree as pytree
 
 from gradlab._errors import InputError, KindError, StrategyError
-from gradlab.transforms.custom_rules._torch_levels import concrete, tracked, transforming
+from gradlab.transforms.custom_rules._torch_levels import concrete, is_inexact, tracked, transforming
 from gradlab.transforms.custom_rules.declared import Declared
 from gradlab.transforms.trees._torch import flatten, unflatten
 
@@ -377,7 +377,3 @@ def refuse_unlike(rule: Declared, out: Any, like: Any) -> None:
                 f"{rule.op}: the rule of {rule.name} returned output {i} with other numbers than {rule.name}; "
                 "return the same"
             )
-
-
-def is_inexact(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())

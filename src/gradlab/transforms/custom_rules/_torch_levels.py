@@ -36,10 +36,11 @@ def differentiating(tensors: Any, below: float = float("inf")) -> bool:
         level.key() in (TransformType.Grad, TransformType.Jvp) and level.level() < below for level in levels
     ):
         return True
-    return torch.is_grad_enabled() and any(_base(t).requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(base(t).requires_grad for t in tensors)
 
 
-def _base(tensor: Any) -> Any:
+def base(tensor: Any) -> Any:
+    """The tensor within those of torch.func's transforms."""
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
@@ -61,16 +62,24 @@ def tracked(tensor: Any) -> bool:
         return tracked(tensor)
 
 
+def without_tangents(tensors: Any) -> list[Any]:
+    """The tensors less their tangents of the innermost forward mode, as the `jvp` of a Function is to see them."""
+    return [forward_ad.unpack_dual(t, level=0).primal if is_inexact(t) else t for t in tensors]
+
+
+def is_inexact(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+
+
 def _has_tangent(tensor: Any) -> bool:
-    inexact = tensor.is_floating_point() or tensor.is_complex()
-    return inexact and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+    return is_inexact(tensor) and forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
 def concrete(tensors: Any) -> bool:
     """Whether these tensors hold real numbers that can be looked at: no batch, no compiler."""
     return all(
         not t.is_complex()
-        and type(_base(t)) in (torch.Tensor, torch.nn.Parameter)
+        and type(base(t)) in (torch.Tensor, torch.nn.Parameter)
         and not any(map(is_batchedtensor, closed_over(t)))
         for t in tensors
     )

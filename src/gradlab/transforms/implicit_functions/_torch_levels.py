@@ -10,8 +10,6 @@ import torch
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
     maybe_get_level,
 )
 from torch.autograd import forward_ad
@@ -19,6 +17,7 @@ from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from gradlab.transforms.custom_rules._torch_levels import base
 from gradlab.transforms.implicit_functions.options import Options
 
 
@@ -30,13 +29,6 @@ def orders(r: Any) -> int:
     forward = keys.count(TransformType.Jvp) or int(forward_ad._current_level >= 0)
     count = keys.count(TransformType.Grad) + forward
     return max(3, count + 1) if torch.is_grad_enabled() and base(r).requires_grad else count
-
-
-def base(tensor: Any) -> Any:
-    """The tensor within those of torch.func's transforms."""
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return tensor
 
 
 def everywhere(mask: Any) -> bool:

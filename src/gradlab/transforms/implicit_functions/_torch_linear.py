@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.compiler import is_compiling
 
 from gradlab._errors import StrategyError
+from gradlab.transforms.custom_rules._torch_levels import without_tangents
 from gradlab.transforms.implicit_functions._torch_levels import (
     Substituted,
     closed_over,
@@ -92,10 +93,7 @@ class Linear(torch.autograd.Function):
     def jvp(ctx: Any, _: Any, t: Any, *rest: Any) -> Any:
         """With forward mode switched on, which torch switches off here: a silent 0 in nests (pytorch#197867)."""
         with _set_fwd_grad_enabled(True):
-            tensors = [
-                unpack_dual(s, level=0).primal if s.is_floating_point() else s for s in ctx.saved_tensors
-            ]
-            return Linear.apply(ctx.pair, materialised(t), *tensors)
+            return Linear.apply(ctx.pair, materialised(t), *without_tangents(ctx.saved_tensors))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, pair: Pair, *tensors: Any) -> Any:

@@ -12,7 +12,7 @@ from jax.lax import stop_gradient
 
 from gradlab._errors import InputError
 from gradlab.transforms.custom_rules._jax import custom_jvp
-from gradlab.transforms.implicit_functions._jax import root
+from gradlab.transforms.implicit_functions._jax import held, root
 
 Axis = int | tuple[int, ...] | None
 
@@ -20,8 +20,8 @@ Axis = int | tuple[int, ...] | None
 def norm(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     m = stop_gradient(jnp.abs(x).max(axis, keepdims=True, initial=0.0))
     m = jnp.where((m > 0) & jnp.isfinite(m), m, 1.0)
-    root = sqrt(((x / m) ** 2).sum(axis, keepdims=True)) * m
-    return root if keepdims else jnp.squeeze(root, axis)
+    length = sqrt(((x / m) ** 2).sum(axis, keepdims=True)) * m
+    return length if keepdims else jnp.squeeze(length, axis)
 
 
 def sqrt(x: Any) -> Any:
@@ -190,8 +190,8 @@ def stochastic_logdet(
             f"rules.stochastic_logdet: probes has shape {tuple(probes.shape)}, steps is {steps!r}, order is {order!r}; "
             "pass probes of shape (k, n), a positive number of steps, and an order from 0 to 3"
         )
-    held = stop_gradient(params)
-    fixed = lambda v: matvec(v, *held)
+    fixed_params = held(params)
+    fixed = lambda v: matvec(v, *fixed_params)
     inverse = root(lambda y, b: fixed(y) - b, linear_solver="cg")
 
     def one(z: Any) -> Any:

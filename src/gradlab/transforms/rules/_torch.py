@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from gradlab._errors import InputError
 from gradlab.transforms.custom_rules._torch import custom_jvp, custom_vjp
-from gradlab.transforms.implicit_functions._torch import root
+from gradlab.transforms.implicit_functions._torch import held, root
 
 Axis = int | tuple[int, ...] | None
 
@@ -20,8 +20,8 @@ def norm(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     axis = tuple(range(x.ndim)) if axis is None else axis
     m = _largest(x.detach().abs(), axis, 0.0)
     m = torch.where((m > 0) & m.isfinite(), m, 1.0)
-    root = sqrt(((x / m) ** 2).sum(axis, keepdim=True)) * m
-    return root if keepdims else root.squeeze(axis)
+    length = sqrt(((x / m) ** 2).sum(axis, keepdim=True)) * m
+    return length if keepdims else length.squeeze(axis)
 
 
 def sqrt(x: Any) -> Any:
@@ -202,8 +202,8 @@ def stochastic_logdet(
             f"rules.stochastic_logdet: probes has shape {tuple(probes.shape)}, steps is {steps!r}, order is {order!r}; "
             "pass probes of shape (k, n), a positive number of steps, and an order from 0 to 3"
         )
-    held = pytree.tree_map(lambda p: p.detach() if isinstance(p, torch.Tensor) else p, params)
-    fixed = lambda v: matvec(v, *held)
+    fixed_params = held(params)
+    fixed = lambda v: matvec(v, *fixed_params)
     inverse = root(lambda y, b: fixed(y) - b, linear_solver="cg")
 
     def one(z: Any) -> Any:
