@@ -228,6 +228,36 @@ def message(error):
     return str(error.value)
 
 
+def test_a_recorded_solution_is_differentiated_once_and_then_again():
+    """The steps that only higher derivatives need are left out of a first one, not of the next."""
+    torch = pytest.importorskip("torch")
+    solve = gradlab.root(lambda y, a: y**3 - a)  # y = a^(1/3)
+    a = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
+    y = solve(torch.tensor(1.5, dtype=torch.float64), a)
+    (once,) = torch.autograd.grad(y, a, retain_graph=True)
+    (first,) = torch.autograd.grad(y, a, create_graph=True)
+    (second,) = torch.autograd.grad(first, a, create_graph=True)
+    (third,) = torch.autograd.grad(second, a)
+    found = [d.item() for d in (once, first, second, third)]
+    np.testing.assert_allclose(found, [1 / 12, 1 / 12, -1 / 144, 5 / 3456], rtol=1e-12)
+
+
+def test_a_jacobian_that_torch_batches_wrongly():
+    """torch.func.jacrev of cdist is off by its own size, which three steps hid to four digits."""
+    torch = pytest.importorskip("torch")
+    centres = torch.as_tensor(np.random.default_rng(0).normal(size=(5, 3)))
+    distances = lambda y: torch.cdist(y.reshape(1, 3), centres).reshape(-1)[:3]
+    solve = gradlab.root(lambda y, t: y + distances(y) / 10 - t)
+    t, z = torch.as_tensor(np.random.default_rng(1).normal(size=3)), torch.zeros(3, dtype=torch.float64)
+    y = solve(z, t)
+    D = (y - centres[:3]) / distances(y)[:, None]
+    truth = np.linalg.inv(np.eye(3) + D.numpy() / 10)
+    recorded = torch.autograd.functional.jacobian(lambda t: solve(z, t), t)
+    along = [torch.func.jvp(lambda t: solve(z, t), (t,), (e,))[1] for e in torch.eye(3, dtype=torch.float64)]
+    np.testing.assert_allclose(recorded, truth, rtol=1e-10)
+    np.testing.assert_allclose(torch.stack(along, 1), truth, rtol=1e-10)
+
+
 def test_a_solution_of_another_structure_is_refused(fw):
     one = fw.array(np.ones(2))
     for solver in (lambda f, y: {"y": y}, lambda f, y: y[0], lambda f, y: (y, y)):

@@ -20,7 +20,7 @@ from gradlab.transforms.implicit_functions._torch_levels import (
     outside,
     unrecorded,
 )
-from gradlab.transforms.implicit_functions._torch_linear import inverse, solve
+from gradlab.transforms.implicit_functions._torch_linear import inverse, jacobian, solve
 from gradlab.transforms.implicit_functions.options import Method, Options, Unconverged
 from gradlab.transforms.repairs._torch import Level, Repair, repaired, transforming
 from gradlab.transforms.trees._torch import Tree, as_tensors, scalar_function
@@ -133,14 +133,34 @@ def attached(options: Options, moving: Flat, f: Flat, y: Any) -> Any:
     steps = orders(r)
     if steps == 0:
         return y
+    if (
+        not transforming() and not repair.names
+    ):  # nothing to be repaired, which costs 7 microseconds an operation
+        right = moving
+    else:
+        f = repaired(f)
     with unrecorded():
         apply = inverse(options, f, y)
     value = r.detach()
-    if repair.plain and not is_compiling():  # nothing to be repaired, which costs 7 microseconds an operation
-        right = moving
-    for i in range(steps):
-        y = y - apply((right(y) if i else r) - value)
+    y = y - apply(r - value)
+    for _ in range(steps - 1):
+        y = y if transforming() else Later.apply(y)
+        y = y - apply(right(y) - value)
     return y
+
+
+class Later(torch.autograd.Function):
+    """The identity, before a further step: what comes back to it is zero, unless it is differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Any) -> Any:
+        ctx.again = False
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, u: Any) -> Any:
+        ctx.again = ctx.again or torch.is_grad_enabled()
+        return u if ctx.again else None
 
 
 def gradient(f: Callable[[Leaves], Any], leaves: Leaves) -> Leaves:
@@ -248,6 +268,6 @@ def descent(options: Options, f: Flat, y: Any) -> Any:
     if options.linear_solver != "direct":
         p = solve(options, f, y, -g)
         return torch.where(p @ g < 0, p, -g)
-    values, vectors = torch.linalg.eigh(torch.func.jacrev(f)(y))
+    values, vectors = torch.linalg.eigh(jacobian(f, y))
     sizes = values.abs()
     return -vectors @ (vectors.T @ g / sizes.clamp(min=torch.finfo(g.dtype).eps * sizes.amax()))

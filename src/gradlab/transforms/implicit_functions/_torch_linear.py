@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from gradlab.transforms.implicit_functions._torch_levels import (
 )
 from gradlab.transforms.implicit_functions.options import Options
 from gradlab.transforms.linearised._torch import materialised
+from gradlab.transforms.repairs._torch import transforming
 
 Flat = Callable[[Any], Any]  # of y as one flat vector
 
@@ -29,14 +31,39 @@ Flat = Callable[[Any], Any]  # of y as one flat vector
 def solve(options: Options, f: Flat, y: Any, b: Any) -> Any:
     """A⁻¹ b at y, as far as the linear solver comes."""
     if options.linear_solver == "direct":
-        return torch.linalg.solve_ex(torch.func.jacrev(f)(y), b)[0]
+        return torch.linalg.solve_ex(jacobian(f, y), b)[0]
     return method(options)(product(options, f, y, False), b)
+
+
+def jacobian(f: Flat, y: Any) -> Any:
+    """∂f/∂y by the pullback of every output: all at once, or one by one where torch batches it wrongly (cdist)."""
+    if transforming():
+        pulled: Any = torch.func.vjp(f, y)
+        r, pull = pulled[0], lambda u: pulled[1](u)[0]
+        pull_all: Any = torch.func.vmap(pull)
+    else:  # of a recorded graph, half as dear
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            r = f(y)
+        if not r.requires_grad:
+            return r.new_zeros(r.numel(), r.numel())
+        back: Any = partial(torch.autograd.grad, r, y, retain_graph=True, materialize_grads=True)
+        pull = lambda u: back(u)[0]
+        pull_all = lambda us: back(us, is_grads_batched=True)[0]
+    eye = torch.eye(r.numel(), dtype=r.dtype, device=r.device)
+    with suppress(RuntimeError):  # an operation (eigh, svd, ...) whose derivative torch cannot batch
+        A = pull_all(eye)
+        u = torch.linspace(1, 2, len(eye), dtype=eye.dtype, device=eye.device)
+        off = (u @ A - pull(u)).abs()
+        if is_compiling() or everywhere(off <= len(eye) * torch.finfo(eye.dtype).eps ** 0.5 * A.abs().amax()):
+            return A
+    return torch.stack([pull(u) for u in eye])
 
 
 def inverse(options: Options, f: Flat, y: Any) -> Flat:
     """A⁻¹ at y as a linear map of b, itself without derivatives in y and in what f closes over."""
     if options.linear_solver == "direct":
-        A = torch.func.jacrev(f)(y).detach()
+        A = jacobian(f, y).detach()
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
         X = torch.linalg.solve_ex(A, eye)[0]
         error = (A @ X - eye).abs().amax()
