@@ -11,6 +11,7 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from gradlab._errors import InputError, KindError, StrategyError
+from gradlab.transforms.custom_rules._jax_ruled import is_inexact, ruled, zero_tangent
 from gradlab.transforms.custom_rules.declared import Declared
 
 
@@ -37,14 +38,12 @@ class Rule(Declared):
         """f at a point, with the rule for its derivative."""
         self.defined(self.how)
         value, closed = closed_over(self.primal(point), point.arrays)
-        valued = jax.custom_jvp(value)
 
-        @partial(valued.defjvp, symbolic_zeros=True)
         def derivative(primals: Any, tangents: Any) -> Any:
             refuse_moving(self, tangents[0])
             return self.begin(point, primals[0], primals[1], tangents[1])
 
-        return valued(closed, point.arrays)
+        return ruled(value, derivative)(closed, point.arrays)
 
     def primal(self, point: Point) -> Callable[[Any], Any]:
         """f as a function of the arrays among its arguments; by the batched form under vmap where it has one."""
@@ -233,16 +232,12 @@ def attached(rule: Declared, tangent: Callable[..., Any], closed: Any, xs: Any, 
     A rule's own output is differentiated again by the next level of a nest, which sees the rule here too.
     """
 
-    @jax.custom_jvp
-    def value(closed: Any, xs: Any, kept: Any, out: Any) -> Any:
-        return out
-
-    @partial(value.defjvp, symbolic_zeros=True)
     def derivative(primals: Any, tangents: Any) -> Any:
         refuse_moving(rule, tangents[0])
         out = value(*primals)
         return out, tangent(primals[1], primals[2], out, tangents[1])
 
+    value = ruled(lambda closed, xs, kept, out: out, derivative)
     return value(closed, xs, kept, out)
 
 
@@ -389,16 +384,5 @@ def refuse_other_value(rule: Declared, out: Any, like: Any) -> None:
             )
 
 
-def is_inexact(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-
-
 def instantiated(t: Any) -> Any:
     return jnp.zeros(t.shape, t.dtype) if isinstance(t, SymbolicZero) else t
-
-
-def zero_tangent(y: Any) -> Any:
-    """Zeros like y; of the type float0 where y does not move."""
-    if is_inexact(y):
-        return jnp.zeros(jnp.shape(y), jnp.result_type(y))
-    return np.zeros(jnp.shape(y), jax.dtypes.float0)

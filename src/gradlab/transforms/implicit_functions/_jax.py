@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optimistix as optx
+from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 from gradlab._errors import InputError, KindError
 from gradlab._typing import Leaves
+from gradlab.transforms.custom_rules._jax_ruled import is_inexact, ruled
 from gradlab.transforms.implicit_functions.options import Method, Options, Unconverged
 from gradlab.transforms.linearised._jax import gradient_of
 from gradlab.transforms.trees._jax import Tree, scalar_function
@@ -30,7 +32,7 @@ def root(
     max_steps: int | None = None,
     unconverged: Unconverged = "raise",
 ) -> Callable[..., Any]:
-    """Damped Newton iterations; optimistix's implicit function theorem, a jax.custom_jvp that calls itself."""
+    """Damped Newton iterations; the derivative by a linear solve, which lineax differentiates again."""
     options = Options("root", residual, solver, linear_solver, rtol, atol, max_steps, unconverged)
 
     def zero(residual: Any, tree: Tree, leaves: Leaves, args: Any) -> Leaves:
@@ -113,18 +115,44 @@ def solution(options: Options, zero: Callable[..., Leaves], find: Callable[..., 
             found = tree.split(complain(asked, y, ~converged, options.unsolved))
         else:
             found = like(tree, "solver's result", options.solver(held(function), start, *held(args)))
-        adjoint = optx.ImplicitAdjoint(Solve(asked))
-        return tree.put(adjoint.apply(_found, _residual, (held(found), equations, args), frozenset())[0])
+        moving, rest = eqx.partition((equations, args), eqx.is_array)
+
+        def vanishing(leaves: Leaves, moving: Any) -> Leaves:
+            equations, args = eqx.combine(moving, rest)
+            return equations(leaves, args)
+
+        return tree.put(attached(asked, vanishing, moving, held(found)))
 
     return at
 
 
-def _found(inputs: Any) -> Any:
-    return inputs[0], None
+def attached(options: Options, vanishing: Callable[..., Leaves], moving: Any, leaves: Leaves) -> Leaves:
+    """The leaves of y as they stand, with -A⁻¹ (∂f/∂args) v for their derivative along v, where A = ∂f/∂y."""
+
+    def derivative(primals: Any, tangents: Any) -> Any:
+        y, moving = value(*primals), primals[0]
+        b = pushed(lambda moving: vanishing(y, moving), moving, tangents[0])
+        operator = lx.JacobianLinearOperator(lambda y, moving: vanishing(y, moving), y, moving)
+        solved = lx.linear_solve(operator, jax.tree.map(jnp.negative, b), Solve(options), throw=False)
+        return y, solved.value
+
+    value = ruled(lambda moving, leaves: leaves, derivative)
+    return value(moving, leaves)
 
 
-def _residual(leaves: Leaves, _: Any, inputs: Any) -> Leaves:
-    return inputs[1](leaves, inputs[2])
+def pushed(f: Callable[[Any], Any], x: Any, v: Any) -> Any:
+    """J v, where v has a SymbolicZero for what does not move."""
+    leaves, spec = jax.tree.flatten(x)
+    ts = jax.tree.leaves(v)
+    live = [i for i, t in enumerate(ts) if not isinstance(t, SymbolicZero) and is_inexact(leaves[i])]
+
+    def of_live(some: Leaves) -> Any:
+        full = list(leaves)
+        for i, leaf in zip(live, some, strict=True):
+            full[i] = leaf
+        return f(jax.tree.unflatten(spec, full))
+
+    return jax.jvp(of_live, ([leaves[i] for i in live],), ([ts[i] for i in live],))[1]
 
 
 def held(tree: Any) -> Any:
