@@ -513,3 +513,151 @@ def test_cotangents_of_trees_of_one_leaf(fw):
     x, y = {"a": fw.array(np.array([0.3, 0.4]))}, fw.array(np.array([2.0, 3.0]))
     found = fw.grad(lambda x: f(x, y).sum())(x)["a"]
     np.testing.assert_allclose(fw.numpy(found), np.cos([0.3, 0.4]) * [2.0, 3.0])
+
+
+def test_default_arguments(fw):
+    power = fw.gl.custom_vjp(lambda x, k=2.0: x**k)
+    power.defvjp(lambda x, k: (x**k, (x, k)), lambda r, u: (r[1] * r[0] ** (r[1] - 1.0) * u, None))
+    assert float(fw.grad(power)(fw.array(np.array(3.0)))) == 6.0
+
+
+def test_none_for_a_part_of_a_tree(fw):
+    f = fw.gl.custom_vjp(lambda x: 2 * x["w"] + x["b"][0])
+    f.defvjp(lambda x: (2 * x["w"] + x["b"][0], None), lambda _, u: ({"b": None, "w": 2 * u},))
+    x = {"w": fw.array(np.array(1.0)), "b": [fw.array(np.array(3.0))]}  # in another order than bwd's
+    g = fw.grad(f)(x)
+    assert (float(g["w"]), float(g["b"][0])) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "bend", ["square", "clamp", "clip the norm", "shift"], ids=lambda name: name.replace(" ", "_")
+)
+@pytest.mark.parametrize("nest", ["jvp", "vmap of jvp", "hessian"])
+def test_a_bwd_that_is_not_linear_is_refused(nest, bend):
+    """Wherever its transpose is asked for, under vmap too, and however small or large the cotangents are."""
+    torch = pytest.importorskip("torch")
+    import gradlab.torch as gl
+
+    bends = {
+        "square": lambda u: u**2,
+        "clamp": lambda u: u.clamp(-1, 1),
+        "clip the norm": lambda u: u * (10 / u.norm()).clamp(max=1.0),
+        "shift": lambda u: u + 0.1,
+    }
+    f = gl.custom_vjp(lambda x: 1 * x)
+    f.defvjp(lambda x: (1 * x, None), lambda _, u: (bends[bend](u),))
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    along = lambda x: torch.func.jvp(f, (x,), (x,))[1]
+    nests = {
+        "jvp": lambda: along(x),
+        "vmap of jvp": lambda: torch.func.vmap(along)(torch.stack([x, x])),
+        "hessian": lambda: torch.func.hessian(lambda x: f(x**2).sum())(x),
+    }
+    with pytest.raises(gradlab.StrategyError, match="not linear in its cotangent"):
+        nests[nest]()
+
+
+def test_an_affine_bwd_is_refused_in_jax():
+    """The transpose that jax makes of it leaves the constant out."""
+    jax = pytest.importorskip("jax")
+    import gradlab.jax as gl
+
+    f = gl.custom_vjp(lambda x: x**2)
+    f.defvjp(lambda x: (x**2, x), lambda x, u: (2 * x * u + 0.1,))
+    with pytest.raises(gradlab.StrategyError, match="not zero at zero"):
+        jax.grad(f)(3.0)
+
+
+@pytest.mark.parametrize(
+    "bwd",
+    [lambda x, u: (u[:1],), lambda x, u: u, lambda x, u: (1 // 0,), lambda x, u: (3 * x * u,)],
+    ids=["shape", "no_tuple", "raises", "factor"],
+)
+def test_check_refuses_a_rule_that_fails(fw, bwd):
+    f = fw.gl.custom_vjp(lambda x: x**2, check=True)
+    f.defvjp(lambda x: (x**2, x), bwd)
+    with pytest.raises((gradlab.GradlabError, ZeroDivisionError, CheckError)):
+        f(fw.array(np.array([1.0, 2.0])))
+
+
+def test_check_waits_for_floats_and_needs_no_recording(fw):
+    f = fw.gl.custom_vjp(lambda x: x**2, check=True)
+    f.defvjp(lambda x: (x**2, x), lambda x, u: (2 * x * u,))
+    f(fw.xp.arange(3))
+    x = fw.array(np.array([1.0, 2.0]))
+    if fw.name == "torch":
+        with fw.xp.no_grad():
+            f(x)
+    np.testing.assert_allclose(fw.numpy(f(x)), [1.0, 4.0])
+
+
+@pytest.mark.parametrize("fault", ["shape", "dtype", "structure"])
+def test_an_output_of_fwd_unlike_that_of_f_is_refused(fw, fault):
+    single = lambda x: x.float() if fw.name == "torch" else x.astype("float32")
+    outs = {"shape": lambda x: 2 * x[:1], "dtype": lambda x: single(2 * x), "structure": lambda x: [2 * x]}
+    f = fw.gl.custom_vjp(lambda x: 2 * x)
+    f.defvjp(lambda x: (outs[fault](x), None), lambda _, u: (2 * u,))
+    with pytest.raises(gradlab.InputError, match="return the same"):
+        fw.grad(lambda x: f(x).sum())(fw.array(np.array([1.0, 2.0])))
+
+
+def test_a_batched_form_is_checked():
+    torch = pytest.importorskip("torch")
+    import gradlab.torch as gl
+
+    f = gl.custom_vjp(lambda x: x**2)
+    f.defvjp(lambda x: (x**2, x), lambda x, u: (2 * x * u,))
+    for batched, message in (
+        (lambda n, b, x: (x[:1], True), "for 2 examples"),
+        (lambda n, b, x: x, "out_batched"),
+    ):
+        f.defvmap(batched)
+        with pytest.raises(gradlab.InputError, match=message):
+            torch.func.vmap(f)(torch.ones(2))
+
+
+def test_functions_that_look_at_numbers():
+    """In eager jax a rule may branch on its arguments, and use numpy, as with jax.custom_vjp."""
+    jax = pytest.importorskip("jax")
+    import gradlab.jax as gl
+
+    bent = lambda x: x**2 if x > 0 else -x
+    f = gl.custom_vjp(bent)
+    f.defvjp(lambda x: (bent(x), x), lambda x, u: (2 * x * u if x > 0 else -u,))
+    assert (float(jax.grad(f)(3.0)), float(jax.grad(f)(-3.0))) == (6.0, -1.0)
+    chosen = gl.custom_vjp(lambda x: x[x > 1].sum())
+    chosen.defvjp(lambda x: (x[x > 1].sum(), x), lambda x, u: ((x > 1) * u,))
+    np.testing.assert_array_equal(jax.grad(chosen)(np.array([1.0, 2.0])), [0.0, 1.0])
+
+
+slowly = lambda *kinds: [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", ["computed", *slowly("calls itself", "custom_jvp", "root", "logdet")])
+def test_loops_keep_the_rule(kind):
+    """jax drops a custom_jvp from a scan that is linearised twice: 561 for 982 in f(f(x)), f of twice the slope of x³."""
+    jax = pytest.importorskip("jax")
+    import jax.numpy as jnp
+
+    import gradlab.jax as gl
+
+    grad, along = jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+    if kind == "root":
+        f = lambda a: gl.root(lambda y, a: y**3 - a)(jnp.array(1.0), a)
+    elif kind == "logdet":
+        f = lambda a: gl.rules.logdet(jnp.array([[2.0, 1.0], [1.0, 3.0]]) * a)
+    elif kind == "custom_jvp":
+        f = gl.custom_jvp(lambda x: x**3)
+        f.defjvp(lambda x, v: (x[0] ** 3, 6 * x[0] ** 2 * v[0]))
+    elif kind == "computed":
+        f = gl.custom_vjp(lambda x: x**3)
+        f.defvjp(lambda x: (x**3, 6 * x**2), lambda slope, u: (slope * u,))
+    else:
+        f = gl.custom_vjp(lambda x: x**3)
+        f.defvjp(lambda x: (x**3, x), lambda x, u: (6 * f(x) / x * u,))
+    loop = lambda x: jax.lax.scan(lambda y, _: (f(y), None), x, None, length=2)[0]
+    nests = [grad, lambda g: grad(grad(g)), lambda g: along(grad(g)), lambda g: grad(along(g))]
+    for nest in [*nests, lambda g: grad(grad(grad(g)))]:
+        unrolled = nest(lambda x: f(f(x)))(1.1)
+        np.testing.assert_allclose(nest(loop)(1.1), unrolled, rtol=1e-9)
+        np.testing.assert_allclose(jax.vmap(nest(loop))(jnp.array([1.1, 1.2]))[0], unrolled, rtol=1e-9)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,19 @@ from gradlab._errors import InputError, KindError, StrategyError
 from gradlab.transforms.custom_rules._jax_ruled import is_inexact, ruled, zero_tangent
 from gradlab.transforms.custom_rules.declared import Declared
 
+# How jax refuses a function that looks at the numbers of an array that has none yet.
+LOOKS_AT_NUMBERS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
 
 class Rule(Declared):
     """What both rules are made of: f with a derivative attached to its value."""
 
     how = ""  # the method that gives the rule
+    proven_linear = False  # whether bwd has been seen to be zero at zero
 
     def defvmap(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         self.define("defvmap", rule)
@@ -27,7 +36,8 @@ class Rule(Declared):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args = self.positional(args, kwargs)
         point = Point(self, args)
-        if self.check and not any(isinstance(x, jax.core.Tracer) for x in point.arrays):
+        concrete = not any(isinstance(x, jax.core.Tracer) for x in point.arrays)
+        if self.check and concrete and any(map(is_inexact, point.arrays)):
             self.defined(self.how)
             out, _ = self.begin(point, [], point.arrays, [zero_tangent(x) for x in point.arrays])
             refuse_other_value(self, out, self.f(*args))
@@ -59,6 +69,11 @@ class Rule(Declared):
 
         return mapped
 
+    def prove_alike(self, point: Point, xs: Any, out: Any) -> None:
+        """Refuse a rule whose output is of another form than f's."""
+        with suppress(*LOOKS_AT_NUMBERS):  # then f is met in eager code alone
+            refuse_unlike(self, out, jax.eval_shape(lambda xs: self.f(*point.put(xs)), xs))
+
     def begin(self, point: Point, closed: Any, xs: Any, txs: Any) -> tuple[Any, Any]:
         """Value and tangent where the rule is met first; `closed` are the traced arrays that f closes over."""
         raise NotImplementedError
@@ -80,25 +95,11 @@ class custom_vjp(Rule):
                 f"{self.op}: fwd of {self.name} returned a {type(result).__name__}; return (out, residuals)"
             )
         out, residuals = result
-        refuse_unlike(self, out, jax.eval_shape(lambda xs: self.f(*point.put(xs)), xs))
+        self.prove_alike(point, xs, out)
         kept, restored = kept_residuals(residuals, xs, out)
         again = partial(self.tangent, point, restored)
         out = attached(self, again, closed, xs, kept, jax.lax.stop_gradient(out))
         return out, self.tangent(point, restored, xs, kept, out, txs)
-
-    def verify(self, args: tuple[Any, ...]) -> None:
-        """And that bwd is zero at zero: a transpose leaves a constant out, unseen."""
-        fwd, bwd = self.definitions["defvjp"]
-        point = Point(self, args)
-        out, residuals = fwd(*args)
-        cotangents = bwd(*point.static, residuals, jax.tree.map(zero_tangent, out))
-        floats = [i for i, x in enumerate(point.arrays) if is_inexact(x)]
-        if any(jnp.any(ct != 0) for ct in point.cotangents(cotangents, floats)):
-            raise StrategyError(
-                f"{self.op}: bwd of {self.name} is not linear in its cotangent: it is not zero at zero; "
-                "return what is linear in u"
-            )
-        super().verify(args)
 
     def tangent(self, point: Point, restored: Any, xs: Any, kept: Any, out: Any, txs: Any) -> Any:
         """J v, as the transpose of u ↦ Jᵀ u for the arguments that move."""
@@ -134,7 +135,7 @@ class custom_jvp(Rule):
 
     def begin(self, point: Point, closed: Any, xs: Any, txs: Any) -> tuple[Any, Any]:
         out, tangent = self.apply(point, xs, txs)
-        refuse_unlike(self, out, jax.eval_shape(lambda xs: self.f(*point.put(xs)), xs))
+        self.prove_alike(point, xs, out)
         again = lambda xs, _, out, txs: self.apply(point, xs, txs)[1]
         return attached(self, again, closed, xs, (), jax.lax.stop_gradient(out)), tangent
 
@@ -201,17 +202,21 @@ class Point:
 
     def _matched(self, i: int, ct: Any, arg: Any) -> list[Any]:
         """The leaves of one cotangent, one for each leaf of its argument; None stands for a tree of zeros."""
-        spec: Any = jax.tree.structure(arg)
+        is_none = lambda part: part is None
+
+        def spread(part: Any, x: Any) -> list[Any]:
+            if part is not None and not jax.tree_util.all_leaves([x]):
+                raise ValueError("a leaf for a tree")
+            return [part] * len(jax.tree.leaves(x))
+
         try:
-            parts = spec.flatten_up_to(ct) if ct is not None else [None] * spec.num_leaves
+            return jax.tree.leaves(jax.tree.map(spread, ct, arg, is_leaf=is_none), is_leaf=is_none)
         except (ValueError, TypeError):
-            parts = None
-        if parts is None or not all(part is None or jax.tree_util.all_leaves([part]) for part in parts):
             raise InputError(
                 f"{self.rule.op}: bwd of {self.rule.name} returned a cotangent of structure "
-                f"{jax.tree.structure(ct)} for {self.rule.argument(i)}, which has {spec}; return one like it, or None"
-            )
-        return parts
+                f"{jax.tree.structure(ct)} for {self.rule.argument(i)}, which has {jax.tree.structure(arg)}; "
+                "return one like it, or None"
+            ) from None
 
     def _fitting(self, ct: Any, i: int) -> Any:
         x = self.arrays[i]
@@ -255,6 +260,7 @@ def transposed(
 ) -> Sequence[Any]:
     """The transpose of the linear map us ↦ pulled(*us) of cotangents like ys, at ts."""
     like = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys]
+    refuse_affine(rule, pulled, like)
     transpose = jax.linear_transpose(pulled, *like)
     try:
         return transpose(list(ts))
@@ -265,6 +271,21 @@ def transposed(
         ) from error
 
 
+def refuse_affine(rule: Any, pulled: Callable[..., Any], like: Any) -> None:
+    """Refuse a bwd that is not zero at zero, once it shows: its transpose would leave the constant out, unseen."""
+    if rule.proven_linear:
+        return
+    at_zero = pulled(*[jnp.zeros(y.shape, y.dtype) for y in like])
+    if any(isinstance(ct, jax.core.Tracer) for ct in at_zero):
+        return
+    if any(jnp.any(ct != 0) for ct in at_zero):
+        raise StrategyError(
+            f"{rule.op}: bwd of {rule.name} is not linear in its cotangent: it is not zero at zero; "
+            "return what is linear in u"
+        )
+    rule.proven_linear = True
+
+
 def closed_over(value: Callable[[Any], Any], xs: Any) -> tuple[Callable[..., Any], list[Any]]:
     """`value` as a function of the traced arrays that it closes over and of xs, and those arrays.
 
@@ -273,7 +294,7 @@ def closed_over(value: Callable[[Any], Any], xs: Any) -> tuple[Callable[..., Any
     plain = lambda _, xs: value(xs)
     try:
         jaxpr, shape = jax.make_jaxpr(value, return_shape=True)(xs)
-    except jax.errors.ConcretizationTypeError:  # f looks at numbers, which eager code alone can
+    except LOOKS_AT_NUMBERS:  # which eager code alone can
         return plain, []
     traced = [i for i, c in enumerate(jaxpr.consts) if isinstance(c, jax.core.Tracer)]
     if not traced:

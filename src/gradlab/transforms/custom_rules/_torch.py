@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from gradlab._errors import StrategyError
 from gradlab.transforms.custom_rules._torch_calls import (
@@ -34,6 +34,7 @@ class Rule(Declared):
     def __init__(self, f: Callable[..., Any], nondiff_argnums: Sequence[int] = (), *, check: bool = False):
         super().__init__(f, nondiff_argnums, check=check)
         self.proven_linear = False  # whether the rule's transpose has been seen to be one
+        self.proven_alike = False  # whether the rule's output has been seen to be like f's
         # torch.compile keeps this call whole and traces through it with every transform at work; its own
         # reading of an autograd.Function silently loses the derivatives of torch.func.
         self.whole = torch._dynamo.nonstrict_trace(lambda *args, **kwargs: self.traced(args, kwargs))
@@ -51,7 +52,7 @@ class Rule(Declared):
             if self.holds_tensors:
                 raise self.refused(UNWATCHED)
             return self.whole(*args, **kwargs)
-        if kwargs or self.static:
+        if kwargs or self.static or len(args) < self.width:
             args = self.positional(args, kwargs)
         if self.check and not transforming():
             self.verify(args)
@@ -62,12 +63,14 @@ class Rule(Declared):
         call = self.at(args)
         if not transforming():
             if torch.is_grad_enabled() and any(x.requires_grad for x in call.arrays):
+                self.prove_alike(call)
                 return call.output(Recorded.apply(call, *call.taken()))
             return call.plain()
         if not any(map(tracked, call.arrays)):
             return call.batched() if "defvmap" in self.definitions else call.plain()
         if mixed_batches(self.functions, call.arrays):
             raise self.refused("closes over a tensor that is under vmap, and is differentiated outside of it")
+        self.prove_alike(call)
         ys, kept = call.value([x.detach() for x in call.arrays])
         if any(map(tracked, (*ys, *kept))):
             raise self.refused(CLOSED)
@@ -86,11 +89,24 @@ class Rule(Declared):
     def refused(self, why: str) -> StrategyError:
         return StrategyError(f"{self.op}: {self.name} {why}; pass the tensor as an argument")
 
+    def prove_alike(self, call: Call) -> None:
+        """Refuse, at the first derivative, a rule whose output is of another form than f's."""
+        if self.proven_alike or is_compiling():
+            return
+        devices = {x.device for x in call.arrays if x.device.type == "cuda"}
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            xs = [x.detach() for x in call.arrays]
+            refuse_unlike(self, call.ruled_output(xs), self.f(*call.put(xs)))
+        self.proven_alike = True
+
     def verify(self, args: tuple[Any, ...]) -> None:
-        with torch.no_grad():
-            call = self.at(args)
-            refuse_unlike(self, call.ruled_output(), self.f(*call.put(call.arrays)))
-        super().verify(args)
+        call = self.at(args)
+        if any(map(is_inexact, call.arrays)):
+            with torch.enable_grad():
+                xs = [x.detach() for x in call.arrays]
+                refuse_unlike(self, call.ruled_output(xs), self.f(*call.put(xs)), values=True)
+                call.exercise(xs)
+                super().verify(args)
 
     def at(self, args: tuple[Any, ...]) -> Call:
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.utils import _pytree as pytree
 
 from gradlab._errors import InputError, KindError, StrategyError
-from gradlab.transforms.custom_rules._torch_levels import concrete, is_inexact, tracked, transforming
+from gradlab.transforms.custom_rules._torch_levels import base, concrete, is_inexact, tracked, transforming
 from gradlab.transforms.custom_rules.declared import Declared
 from gradlab.transforms.trees._torch import flatten, unflatten
 
@@ -52,8 +53,12 @@ class Call:
     def push(self, xs: Any, kept: Any, ys: Any, ts: Any) -> Sequence[Any]:
         raise NotImplementedError
 
-    def ruled_output(self) -> Any:
+    def ruled_output(self, xs: Sequence[Any]) -> Any:
         """f's output as the rule has it."""
+        raise NotImplementedError
+
+    def exercise(self, xs: Sequence[Any]) -> None:
+        """Run the rule once, which raises what is wrong with its form."""
         raise NotImplementedError
 
     def taken(self) -> Sequence[Any]:
@@ -117,9 +122,29 @@ class Call:
             xs = [x if d is None else x.movedim(d, 0) for x, d in zip(xs, dims, strict=True)]
             flags = self.filled([False] * len(self.constants), [d is not None for d in dims])
             flags = self.rule.joined((False,) * len(self.static), flags)
-            out, batched = rule(interpreter.batch_size(), flags, *self.put(xs))
+            out, batched = self.checked_batch(
+                rule(interpreter.batch_size(), flags, *self.put(xs)), interpreter.batch_size()
+            )
         wrap = lambda y, b: _add_batch_dim(y, 0, interpreter.level()) if b else y
         return pytree.tree_map(wrap, out, batched)
+
+    def checked_batch(self, result: Any, size: int) -> Any:
+        """What the batched form returned, if that is (out, out_batched) of so many examples."""
+        op, name = self.rule.op, self.rule.name
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise InputError(
+                f"{op}: the batched form of {name} returned a {type(result).__name__}; return (out, out_batched)"
+            )
+        out, batched = result
+        if isinstance(batched, bool):
+            batched = pytree.tree_map(lambda _: batched, out)
+        for y, mapped in zip(pytree.tree_leaves(out), pytree.tree_leaves(batched), strict=True):
+            if mapped and (not isinstance(y, torch.Tensor) or y.ndim == 0 or y.shape[0] != size):
+                raise InputError(
+                    f"{op}: the batched form of {name} returned shape {tuple(getattr(y, 'shape', ()))} for {size} "
+                    "examples; return them on the leading axis"
+                )
+        return out, batched
 
     def name(self, i: int) -> str:
         """Of tensor number i among the arguments, as in x['w']."""
@@ -163,8 +188,12 @@ class Pulled(Call):
             )
         return result
 
-    def ruled_output(self) -> Any:
-        return self.run(self.arrays)[0]
+    def ruled_output(self, xs: Sequence[Any]) -> Any:
+        return self.run(xs)[0]
+
+    def exercise(self, xs: Sequence[Any]) -> None:
+        ys, kept = self.value(xs)
+        self.pull(xs, kept, ys, [torch.ones_like(y) for y in ys])
 
     def pull(self, xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
         """bwd. Residuals that fwd computed are computed again where they can be differentiated."""
@@ -223,19 +252,36 @@ class Pulled(Call):
     def matched(self, given: Any) -> list[Any]:
         """The leaves of all cotangents, one for each leaf of the arguments; None stands for a tree of zeros."""
         flat: list[Any] = []
-        for i, (ct, arg) in enumerate(
-            zip(given, self.filled(self.constants, [0.0] * self.width), strict=True)
-        ):
-            spec = pytree.tree_structure(arg)
-            parts = [None] * spec.num_leaves if ct is None else pytree.tree_leaves(ct)
-            if len(parts) != spec.num_leaves or (ct is not None and pytree.tree_structure(ct) != spec):
+        args = self.filled(self.constants, [0.0] * self.width)
+        for i, (ct, arg) in enumerate(zip(given, args, strict=True)):
+            parts = _parts(ct, arg)
+            if parts is None:
                 raise InputError(
                     f"{self.rule.op}: bwd of {self.rule.name} returned a cotangent of structure "
-                    f"{pytree.tree_structure(ct)} for {self.rule.argument(i)}, which has {spec}; "
+                    f"{pytree.tree_structure(ct)} for {self.rule.argument(i)}, which has {pytree.tree_structure(arg)}; "
                     "return one like it, or None"
                 )
             flat += parts
         return flat
+
+
+def _parts(ct: Any, arg: Any) -> list[Any] | None:
+    """The leaves of a cotangent, one for each of its argument, where None stands for a subtree of zeros."""
+    if ct is None:
+        return [None] * len(pytree.tree_leaves(arg))
+    (children, spec), (cts, given) = _one_level(arg), _one_level(ct)
+    if isinstance(arg, dict) and isinstance(ct, dict) and set(arg) == set(ct):
+        cts = [ct[key] for key in arg]
+    elif spec != given:
+        return None
+    elif len(children) == 1 and children[0] is arg:
+        return [ct]
+    parts = [_parts(*pair) for pair in zip(cts, children, strict=True)]
+    return None if any(part is None for part in parts) else list(chain.from_iterable(parts))  # type: ignore[arg-type]
+
+
+def _one_level(tree: Any) -> tuple[list[Any], Any]:
+    return pytree.tree_flatten(tree, is_leaf=lambda node: node is not tree)
 
 
 class Pushed(Call):
@@ -245,8 +291,12 @@ class Pushed(Call):
         ys = self.keep_output(self.rule.f(*self.put(xs)))
         return ys, []
 
-    def ruled_output(self) -> Any:
-        return self.run(self.arrays, [None] * self.width)[0]
+    def ruled_output(self, xs: Sequence[Any]) -> Any:
+        return self.run(xs, [None] * self.width)[0]
+
+    def exercise(self, xs: Sequence[Any]) -> None:
+        ys, kept = self.value(xs)
+        self.push(xs, kept, ys, [torch.ones_like(x) if is_inexact(x) else None for x in xs])
 
     def pull(self, xs: Any, kept: Any, ys: Any, us: Any) -> list[Any]:
         """The rule transposed."""
@@ -317,15 +367,24 @@ def transposed(
 def refuse_nonlinear(
     rule: Any, who: str, linear: Callable[..., Any], values: Any, at: Any, result: Any
 ) -> None:
-    """Refuse a map L that is not linear, once it shows: L(1)·t = 1·Lᵀt and L(-1) = -L(1), or it is not."""
+    """Refuse a map L that is not linear, once it shows.
+
+    L(1)·t = 1·Lᵀt, and L(a 1 + b r) = a L(1) + b L(r) for a negative a, a small and a large b, or it is not.
+    """
+    total = lambda tensors: float(sum(base(t).double().sum() for t in tensors))
+    size = lambda tensors: total([t.abs() for t in tensors])
     with torch.no_grad():
         there = [(v * t).detach() for v, t in zip(values, at, strict=True)]
         back = [r.detach() for r in result]
-        opposite = linear([-torch.ones_like(r) for r in result])
-        total = lambda tensors: float(sum(t.double().sum() for t in tensors))
-        size = lambda tensors: total([t.abs() for t in tensors])
+        ones = [torch.ones_like(r) for r in result]
+        ramp = [torch.linspace(-1.3, 1.7, r.numel()).to(r).reshape(r.shape) for r in result]
         off = abs(total(there) - total(back)) / (size((*there, *back)) or 1.0)
-        off += size([v + o for v, o in zip(values, opposite, strict=True)]) / (size(values) or 1.0)
+        one, along = linear(ones), linear(ramp)
+        for a, b in ((-1.0, 0.0), (1.0, 1e-4), (1.0, 1e4)):
+            mixed = lambda xs, ys: [a * x + b * y for x, y in zip(xs, ys, strict=True)]
+            found = mixed(one, along)
+            unlike = [y - z for y, z in zip(linear(mixed(ones, ramp)), found, strict=True)]
+            off += size(unlike) / (size(found) or 1.0)
     if off > max(torch.finfo(t.dtype).eps for t in (*there, *back)) ** 0.5:
         name = "its cotangent" if who == "bwd" else "its tangents"
         raise StrategyError(
@@ -354,8 +413,8 @@ def refuse_misfit(rule: Declared, who: str, kind: str, given: Any, name: str, li
         )
 
 
-def refuse_unlike(rule: Declared, out: Any, like: Any) -> None:
-    """Refuse an output of a rule that is not that of f in structure, shape, dtype and value."""
+def refuse_unlike(rule: Declared, out: Any, like: Any, values: bool = False) -> None:
+    """Refuse an output of a rule that is not that of f in structure, shape and dtype, or in its numbers too."""
     (ys, given), (forms, spec) = pytree.tree_flatten(out), pytree.tree_flatten(like)
     if given != spec:
         raise InputError(
@@ -372,7 +431,7 @@ def refuse_unlike(rule: Declared, out: Any, like: Any) -> None:
                 f"has {tuple(form.shape)} and {form.dtype}; return the same"
             )
         tolerance = torch.finfo(y.dtype).eps ** 0.5
-        if not torch.allclose(y, form, rtol=tolerance, atol=tolerance, equal_nan=True):
+        if values and not torch.allclose(y, form, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise InputError(
                 f"{rule.op}: the rule of {rule.name} returned output {i} with other numbers than {rule.name}; "
                 "return the same"

@@ -76,13 +76,8 @@ def _has_tangent(tensor: Any) -> bool:
 
 
 def concrete(tensors: Any) -> bool:
-    """Whether these tensors hold real numbers that can be looked at: no batch, no compiler."""
-    return all(
-        not t.is_complex()
-        and type(base(t)) in (torch.Tensor, torch.nn.Parameter)
-        and not any(map(is_batchedtensor, closed_over(t)))
-        for t in tensors
-    )
+    """Whether these tensors hold real numbers that can be looked at, within any transform: no compiler."""
+    return all(not t.is_complex() and type(base(t)) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def mixed_batches(functions: Any, tensors: Any) -> bool:

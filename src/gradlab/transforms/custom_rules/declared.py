@@ -51,9 +51,18 @@ class Declared:
         """Of f."""
         return inspect.signature(self.f)
 
+    @cached_property
+    def width(self) -> int:
+        """How many arguments f has with its defaults; 0 where it does not say."""
+        try:
+            kinds = [parameter.kind for parameter in self.signature.parameters.values()]
+        except (TypeError, ValueError):
+            return 0
+        return sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds)
+
     def positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments by position, defaults filled in where keywords were used."""
-        if kwargs:
+        """All arguments by position, with f's defaults."""
+        if kwargs or len(args) < self.width:
             bound = self.signature.bind(*args, **kwargs)
             bound.apply_defaults()
             if bound.kwargs:
