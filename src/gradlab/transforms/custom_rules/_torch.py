@@ -63,18 +63,18 @@ class Rule(Declared):
         call = self.at(args)
         if not transforming():
             if torch.is_grad_enabled() and any(x.requires_grad for x in call.arrays):
-                self.prove_alike(call)
-                return call.output(Recorded.apply(call, *call.taken()))
+                xs = call.taken()
+                return self.alike(call, xs, call.output(Recorded.apply(call, *xs)))
             return call.plain()
         if not any(map(tracked, call.arrays)):
             return call.batched() if "defvmap" in self.definitions else call.plain()
         if mixed_batches(self.functions, call.arrays):
             raise self.refused("closes over a tensor that is under vmap, and is differentiated outside of it")
-        self.prove_alike(call)
         ys, kept = call.value([x.detach() for x in call.arrays])
         if any(map(tracked, (*ys, *kept))):
             raise self.refused(CLOSED)
-        return call.output(Nested.apply(call, *call.taken(), *ys, *kept))
+        xs = call.taken()
+        return self.alike(call, xs, call.output(Nested.apply(call, *xs, *ys, *kept)))
 
     def traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same under torch.compile, where a tensor from a closure would stay what it was at the first call."""
@@ -89,15 +89,14 @@ class Rule(Declared):
     def refused(self, why: str) -> StrategyError:
         return StrategyError(f"{self.op}: {self.name} {why}; pass the tensor as an argument")
 
-    def prove_alike(self, call: Call) -> None:
-        """Refuse, at the first derivative, a rule whose output is of another form than f's."""
-        if self.proven_alike or is_compiling():
-            return
-        devices = {x.device for x in call.arrays if x.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            xs = [x.detach() for x in call.arrays]
-            refuse_unlike(self, call.ruled_output(xs), self.f(*call.put(xs)))
-        self.proven_alike = True
+    def alike(self, call: Call, xs: Sequence[Any], out: Any) -> Any:
+        """The rule's output; at its first derivative f runs too, whose output must be of the same form."""
+        if not self.proven_alike and not is_compiling():
+            devices = {x.device for x in xs if x.device.type == "cuda"}
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                refuse_unlike(self, out, self.f(*call.put([x.detach() for x in xs])))
+            self.proven_alike = True
+        return out
 
     def verify(self, args: tuple[Any, ...]) -> None:
         call = self.at(args)
