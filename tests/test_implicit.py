@@ -377,3 +377,21 @@ def test_compiled_torch_says_what_it_cannot():
     with pytest.raises(Exception, match=r"torch\.compile cannot trace an iterative linear solve") as error:
         fw.compile(fw.grad(iterative))(fw.array(np.array(4.0)))
     assert isinstance(error.value, StrategyError) or "StrategyError" in message(error)
+
+
+def test_a_minimum_is_found_from_a_maximum_and_a_saddle(fw):
+    """Where the gradient is zero and the Hessian is not positive, Newton's step is zero too."""
+    hill = gradlab.argmin(lambda y, a: (y**4 - a * y**2).sum())
+    np.testing.assert_allclose(np.abs(fw.numpy(hill(fw.array(np.zeros(2)), fw.array(np.array(2.0))))), 1.0)
+    saddle = gradlab.argmin(lambda y, a: y[0] ** 2 - a * y[1] ** 2 + y[1] ** 4)
+    found = fw.vmap(lambda a: saddle(fw.array(np.zeros(2)), a))(fw.array(np.array([2.0, 8.0])))
+    np.testing.assert_allclose(np.abs(fw.numpy(found)), [[0.0, 1.0], [0.0, 2.0]], atol=1e-9)
+
+
+def test_half_precision_and_nothing_at_all():
+    torch = pytest.importorskip("torch")
+    solve = gradlab.root(lambda y, a: y**3 - a)
+    a = torch.tensor([8.0, 2.0], dtype=torch.bfloat16)
+    slope = torch.func.grad(lambda a: solve(torch.ones_like(a), a).sum())(a)
+    np.testing.assert_allclose(slope.float(), a.float() ** (-2 / 3) / 3, rtol=2e-2)
+    assert solve(torch.ones(0), torch.ones(0)).shape == (0,)

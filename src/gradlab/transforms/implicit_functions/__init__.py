@@ -28,8 +28,8 @@ def root(
 
     Gives `solution(y0, *args)`, the y with residual(y, *args) = 0, whose derivative is
     ∂y/∂args = -A⁻¹ ∂residual/∂args with A = ∂residual/∂y, right in every mode to every order that is
-    asked for under torch.func and jax, and to third order by torch.autograd. What residual closes over
-    is differentiated as its arguments are. Neither time nor memory of a derivative grows with the solver's steps.
+    asked for under torch.func and jax. By torch.autograd it is right to third order and no further: for a
+    fourth derivative nest torch.func's. What residual closes over is differentiated as its arguments are. Neither time nor memory of a derivative grows with the solver's steps.
 
     Args:
         residual: Function `residual(y, *args)` to a tree like y.
@@ -46,7 +46,8 @@ def root(
         max_steps: The most steps of either iteration. None: 256 of Newton, 4096 of a fixed-point iteration or of
             a Neumann series, ten times the entries of y for `"cg"` and `"gmres"`.
         unconverged: What becomes of a default solver or a linear solve that has not reached its tolerance, or
-            meets a singular A: `"raise"` (ConvergenceError) or `"warn"` (ConvergenceWarning).
+            meets a singular A: `"raise"` (ConvergenceError) or `"warn"` (ConvergenceWarning; in jax's reverse
+            mode lineax raises at a singular A all the same).
 
     Returns:
         `solution(y0, *args)`, a tree like y0, whose integers and other constants stand as they are. y0 has no
@@ -153,7 +154,8 @@ def argmin(
     Args:
         objective: Function `objective(y, *args)` to one float.
         solver: Function `solver(objective, y0, *args) -> y`, as for `root`. None: Newton's method that descends,
-            by the moduli of H's eigenvalues; with an iterative linear_solver by its solves.
+            by the moduli of H's eigenvalues and off any saddle; with an iterative linear_solver by its solves,
+            which stay at a y0 that is stationary.
         linear_solver: As for `root`, with A = H.
         rtol: As for `root`.
         atol: As for `root`.

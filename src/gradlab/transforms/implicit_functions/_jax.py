@@ -212,14 +212,20 @@ def inverse(options: Options, f: Flat, y: Any, b: Any) -> Any:
 
 
 def descent(options: Options, f: Flat, y: Any) -> Any:
-    """-|H|⁻¹ g with the eigenvalues of H made positive; by an iterative linear solver -H⁻¹ g, or -g if that rises."""
+    """-|H|⁻¹ g with the eigenvalues of H made positive, and a push off a saddle or a maximum.
+
+    By an iterative linear solver -H⁻¹ g, or -g if that rises.
+    """
     g = f(y)
     if options.linear_solver != "direct":
         p = inverse(options, f, y, -g)
         return jnp.where(jnp.vdot(p, g) < 0, p, -g)
     values, vectors = jnp.linalg.eigh(jax.jacfwd(f)(y))
-    sizes = jnp.abs(values)
-    return -vectors @ (vectors.T @ g / jnp.maximum(sizes, jnp.finfo(g.dtype).eps * sizes.max()))
+    sizes, eps = jnp.abs(values), jnp.finfo(g.dtype).eps
+    p = -vectors @ (vectors.T @ g / jnp.maximum(sizes, eps * sizes.max()))
+    bent = values[0] < -(eps**0.5) * sizes.max()
+    push = eps**0.25 * (1 + jnp.linalg.norm(y)) * vectors[:, 0]
+    return p + jnp.where(bent, jnp.where(push @ p < 0, -push, push), 0.0)
 
 
 def complain(options: Options, x: Any, bad: Any, message: str) -> Any:

@@ -102,6 +102,8 @@ def solution(options: Options, zero: Callable[..., Leaves], find: Callable[..., 
 
     def at(y0: Any, *args: Any) -> Any:
         tree = Tree(options.op, "y0", held(y0))
+        if not tree.size:
+            return tree.put(tree.leaves)
         asked = options.tolerances(torch.finfo(tree.dtype).eps)
         data = as_tensors(args)
         constant = held(data)
@@ -263,11 +265,19 @@ def mixed(ys: Leaves, zs: Leaves) -> Any:
 
 
 def descent(options: Options, f: Flat, y: Any) -> Any:
-    """-|H|⁻¹ g with the eigenvalues of H made positive; by an iterative linear solver -H⁻¹ g, or -g if that rises."""
+    """-|H|⁻¹ g with the eigenvalues of H made positive, and a push off a saddle or a maximum.
+
+    By an iterative linear solver -H⁻¹ g, or -g if that rises.
+    """
     g = f(y)
     if options.linear_solver != "direct":
         p = solve(options, f, y, -g)
         return torch.where(p @ g < 0, p, -g)
-    values, vectors = torch.linalg.eigh(jacobian(f, y))
-    sizes = values.abs()
-    return -vectors @ (vectors.T @ g / sizes.clamp(min=torch.finfo(g.dtype).eps * sizes.amax()))
+    H = jacobian(f, y)
+    wide = torch.promote_types(H.dtype, torch.float32)  # torch decomposes no half precision
+    values, vectors = (part.to(H.dtype) for part in torch.linalg.eigh(H.to(wide)))
+    sizes, eps = values.abs(), torch.finfo(g.dtype).eps
+    p = -vectors @ (vectors.T @ g / sizes.clamp(min=eps * sizes.amax()))
+    bent = values[0] < -(eps**0.5) * sizes.amax()
+    push = eps**0.25 * (1 + torch.linalg.vector_norm(y)) * vectors[:, 0]
+    return p + torch.where(bent, torch.where(push @ p < 0, -push, push), 0.0)

@@ -31,8 +31,14 @@ Flat = Callable[[Any], Any]  # of y as one flat vector
 def solve(options: Options, f: Flat, y: Any, b: Any) -> Any:
     """A⁻¹ b at y, as far as the linear solver comes."""
     if options.linear_solver == "direct":
-        return torch.linalg.solve_ex(jacobian(f, y), b)[0]
+        return solved(jacobian(f, y), b)
     return method(options)(product(options, f, y, False), b)
+
+
+def solved(A: Any, b: Any) -> Any:
+    """A⁻¹ b; of half precision, which torch does not factorise, in single."""
+    wide = torch.promote_types(A.dtype, torch.float32)
+    return torch.linalg.solve_ex(A.to(wide), b.to(wide))[0].to(A.dtype)
 
 
 def jacobian(f: Flat, y: Any) -> Any:
@@ -65,7 +71,7 @@ def inverse(options: Options, f: Flat, y: Any) -> Flat:
     if options.linear_solver == "direct":
         A = jacobian(f, y).detach()
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        X = torch.linalg.solve_ex(A, eye)[0]
+        X = solved(A, eye)
         error = (A @ X - eye).abs().amax()
         complain(options, ~(error <= torch.finfo(A.dtype).eps ** 0.5), options.unsolved_linear)
         return lambda b: X @ b

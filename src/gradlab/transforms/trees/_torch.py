@@ -132,7 +132,13 @@ class Tree:
 
     def _converted(self, leaf: Any, x: Any, name: str) -> Any:
         refuse_foreign(self.op, name, leaf, "torch")
-        return torch.as_tensor(leaf, dtype=x.dtype, device=x.device)
+        try:
+            return torch.as_tensor(leaf, dtype=x.dtype, device=x.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise KindError(
+                f"{self.op}: {name} holds a {type(leaf).__name__} where {self.name} has a tensor; "
+                f"pass a direction like {self.name}"
+            ) from None
 
     def _matched(self, v: Any, name: str) -> list[Any]:
         """The leaves of `v` in the order of this tree, where the quick comparison of structures failed."""
