@@ -29,7 +29,8 @@ def root(
     Gives `solution(y0, *args)`, the y with residual(y, *args) = 0, whose derivative is
     ∂y/∂args = -A⁻¹ ∂residual/∂args with A = ∂residual/∂y, right in every mode to every order that is
     asked for under torch.func and jax. By torch.autograd it is right to third order and no further: for a
-    fourth derivative nest torch.func's. What residual closes over is differentiated as its arguments are. Neither time nor memory of a derivative grows with the solver's steps.
+    fourth derivative nest torch.func's. What residual closes over is differentiated as its arguments are.
+    Neither time nor memory of a derivative grows with the solver's steps.
 
     Args:
         residual: Function `residual(y, *args)` to a tree like y.
