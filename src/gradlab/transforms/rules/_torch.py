@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from math import factorial, log
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
-from gradlab._errors import InputError
+from gradlab._errors import InputError, KindError, StrategyError
 from gradlab.transforms.custom_rules._torch import custom_jvp, custom_vjp
+from gradlab.transforms.custom_rules._torch_levels import is_inexact, tracked
 from gradlab.transforms.implicit_functions._torch import held, root
+from gradlab.transforms.implicit_functions._torch_levels import Substituted, closed_over, complain
+from gradlab.transforms.implicit_functions.options import Options
+from gradlab.transforms.trees._torch import Tree, as_tensor
 
 Axis = int | tuple[int, ...] | None
 
 
 def norm(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
+    x = _real("norm", x)
+    if axis == ():  # which torch takes for all
+        return norm(x[None], 0)
     axis = tuple(range(x.ndim)) if axis is None else axis
     m = _largest(x.detach().abs(), axis, 0.0)
     m = torch.where((m > 0) & m.isfinite(), m, 1.0)
@@ -25,17 +35,23 @@ def norm(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
 
 
 def sqrt(x: Any) -> Any:
+    x = _real("sqrt", x)
     zero = x == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
 
 
 def log1mexp(x: Any) -> Any:
+    x = _real("log1mexp", x)
+    x = x * torch.where(x < 0, torch.nan, 1.0)  # and so its derivatives
     small = x < log(2.0)
     inside = torch.where(small, 1.0, x)  # of the second branch, which must not see what it cannot take
     return torch.where(small, torch.log(-torch.expm1(-x)), torch.log1p(-torch.exp(-inside)))
 
 
 def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
+    x = _real("logsumexp", x)
+    if axis == ():
+        return logsumexp(x[None], 0)
     axis = tuple(range(x.ndim)) if axis is None else axis
     m = _largest(x.detach(), axis, -torch.inf)
     m = torch.where(m == -torch.inf, 0.0, m)
@@ -47,21 +63,16 @@ def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
 
 
 def straight_through(hard: Any, soft: Any) -> Any:
-    if pytree.tree_structure(hard) != pytree.tree_structure(soft):
-        raise InputError(
-            "rules.straight_through: hard and soft have different structures; pass two like trees"
-        )
-    for a, b in zip(pytree.tree_leaves(hard), pytree.tree_leaves(soft), strict=True):
-        if tuple(a.shape) != tuple(b.shape):
-            raise InputError(
-                f"rules.straight_through: hard has shape {tuple(a.shape)} where soft has {tuple(b.shape)}; "
-                "pass two like trees"
-            )
-    return pytree.tree_map(lambda a, b: a.detach() + (b - b.detach()), hard, soft)
+    name = "rules.straight_through"
+    there, here = Tree(name, "hard", hard), Tree(name, "soft", soft)
+    here.direction(hard, "hard")  # neither has a float tensor where the other has none
+    pairs = zip(there.leaves, there.direction(soft, "soft"), strict=True)
+    return there.put([a.detach() + (b - b.detach()) for a, b in pairs])
 
 
 def reverse_gradient(x: Any, scale: float = 1.0) -> Any:
-    return _reversed(x, scale)
+    tree = Tree("rules.reverse_gradient", "x", x)
+    return tree.put(_reversed(tree.leaves, scale))
 
 
 @custom_jvp
@@ -72,32 +83,45 @@ def _reversed(x: Any, scale: float) -> Any:
 @_reversed.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     (x, scale), (v, _) = primals, tangents
-    return x, pytree.tree_map(lambda v: -scale * v, v)
+    return x, [-scale * v for v in v]
 
 
 def clip_gradient(x: Any, max_norm: float) -> Any:
-    if not max_norm > 0:
+    if isinstance(max_norm, (int, float)) and not max_norm > 0:
         raise InputError(f"rules.clip_gradient: max_norm is {max_norm!r}; pass a positive number")
-    leaves, structure = pytree.tree_flatten(x)
-    return pytree.tree_unflatten(_Clipped.apply(max_norm, *leaves), structure)
+    tree = Tree("rules.clip_gradient", "x", x)
+    clipped = _clipped_whole if is_compiling() else _Clipped.apply
+    return tree.put(clipped(_real("clip_gradient", max_norm, "max_norm"), *tree.leaves))
 
 
 class _Clipped(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(max_norm: float, *leaves: Any) -> Any:
+    def forward(max_norm: Any, *leaves: Any) -> Any:
         return tuple(leaf.view_as(leaf) for leaf in leaves)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.max_norm = inputs[0]
+        ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, *us: Any) -> Any:
+        (max_norm,) = ctx.saved_tensors
         size = norm(torch.stack([norm(u) for u in us]))
-        factor = ctx.max_norm / size.clamp(min=ctx.max_norm)
+        factor = 1 / (size / torch.where(max_norm > 0, max_norm, torch.nan)).clamp(min=1.0)
         return (None, *(factor.to(u.dtype) * u for u in us))
+
+    @staticmethod
+    def jvp(ctx: Any, *ts: Any) -> Any:
+        raise StrategyError(
+            "rules.clip_gradient: clipping is not linear in the cotangent, so it has no forward mode; "
+            "use reverse mode alone"
+        )
+
+
+# Kept whole by torch.compile, whose own reading of a Function loses the derivatives of torch.func.
+_clipped_whole = torch._dynamo.nonstrict_trace(lambda max_norm, *leaves: _Clipped.apply(max_norm, *leaves))
 
 
 def eigh(A: Any) -> Any:
@@ -109,54 +133,73 @@ def _eigh(A: Any) -> Any:
     return tuple(torch.linalg.eigh(A))
 
 
-@_eigh.defjvp
-def _(primals: Any, tangents: Any) -> Any:
+@custom_jvp
+def _eigh_once(A: Any) -> Any:
+    """The same, whose derivative at equal eigenvalues is NaN: it would be a second one, which lacks a term."""
+    return tuple(torch.linalg.eigh(A))
+
+
+def _moved(at_equal: float, primals: Any, tangents: Any) -> Any:
     (A,), (dA,) = primals, tangents
-    w, V = _eigh(A)
+    w, V = _eigh_once(A)
     E = V.mH @ dA @ V
-    gap = w[..., None, :] - w[..., :, None]
-    F = torch.where(_equal(w), 0.0, 1 / torch.where(_equal(w), 1.0, gap))
+    gap, equal = w[..., None, :] - w[..., :, None], _equal(w)
+    same = torch.where(torch.eye(w.shape[-1], dtype=torch.bool, device=w.device), 0.0, at_equal)
+    F = torch.where(equal, same, 1 / torch.where(equal, 1.0, gap))
     return (w, V), (E.diagonal(0, -2, -1).real, V @ (F * E))
 
 
+_eigh.defjvp(partial(_moved, 0.0))
+_eigh_once.defjvp(partial(_moved, torch.nan))
+
+
 def matrix_function(f: Callable[[Any], Any], A: Any, order: int = 3) -> Any:
-    if order not in (0, 1, 2, 3):
-        raise InputError(f"rules.matrix_function: order is {order!r}; pass 0, 1, 2 or 3")
+    _refuse_order("matrix_function", order)
     A = _hermitian(A)
     w, V = torch.linalg.eigh(A.detach())
-    D = V.mT @ A @ V
+    D = V.mH @ A @ V
     moved = D - D.detach()  # zero, but for its derivatives, in which this is a series
-    total = f(w).diag_embed()
+    total = f(w).diag_embed().to(V.dtype)
     for k in range(1, order + 1):
-        total = total + torch.einsum(_SERIES[k], _divided(f, w, k), *[moved] * k)
-    return V @ total @ V.mT
+        total = total + torch.einsum(_SERIES[k], _divided(f, w, k).to(V.dtype), *[moved] * k)
+    return V @ total @ V.mH
 
 
 _SERIES = {1: "...ij,...ij->...ij", 2: "...ijk,...ij,...jk->...ik", 3: "...ijkl,...ij,...jk,...kl->...il"}
 
 
 def _divided(f: Callable[[Any], Any], w: Any, k: int) -> Any:
-    """f[wᵢ, wⱼ, ...] of k + 1 of the numbers w, an axis each; by Taylor's series where they nearly meet."""
+    """f[wᵢ, wⱼ, ...] of k + 1 of the numbers w, an axis each."""
     nodes = [w.reshape(*w.shape[:-1], *(-1 if i == j else 1 for j in range(k + 1))) for i in range(k + 1)]
-    return _difference(f, torch.stack(torch.broadcast_tensors(*nodes)).sort(0).values)
+    return _difference(f, torch.stack(torch.broadcast_tensors(*nodes)).sort(0).values)[0]
 
 
-def _difference(f: Callable[[Any], Any], z: Any) -> Any:
-    """f[z₀, ..., z_k] of sorted nodes along the leading axis."""
-    k = len(z) - 1
+def _difference(f: Callable[[Any], Any], z: Any) -> tuple[Any, Any]:
+    """f[z₀, ..., z_k] of sorted nodes along the leading axis, and its error.
+
+    The quotient of two lower ones, or where that loses more to rounding Taylor's series, if the two agree.
+    """
+    k, eps = len(z) - 1, torch.finfo(z.dtype).eps
     if not k:
-        return f(z[0])
+        value = f(z[0])
+        return value, eps * (value.abs() + (z[0] * _derivative(f, 1)(z[0])).abs())
     gap = z[-1] - z[0]
-    near = gap <= torch.finfo(z.dtype).eps ** (1 / (k + 2)) * z.abs().amax(0).clamp(min=1.0)
-    quotient = (_difference(f, z[1:]) - _difference(f, z[:-1])) / torch.where(near, 1.0, gap)
-    return torch.where(near, _meeting(f, z), quotient)
+    apart = torch.where(gap == 0, 1.0, gap)
+    (upper, above), (lower, below) = _difference(f, z[1:]), _difference(f, z[:-1])
+    quotient, noise = (upper - lower) / apart, (above + below) / apart
+    series, last = _meeting(f, z)
+    cut = last.abs() + eps * series.abs()
+    better = (cut < noise) & ((series - quotient).abs() <= 10 * noise)
+    taken = (gap == 0) | better
+    return torch.where(taken, series, quotient), torch.where(taken, cut, noise)
 
 
-def _meeting(f: Callable[[Any], Any], z: Any) -> Any:
-    """f[z₀, ..., z_k] of nodes that are close: f⁽ᵏ⁾/k! at their mean, and the term of second order."""
+def _meeting(f: Callable[[Any], Any], z: Any) -> tuple[Any, Any]:
+    """f[z₀, ..., z_k] of nodes that are close: f⁽ᵏ⁾/k! at their mean, and the term of second order; and that term."""
     k, mean = len(z) - 1, z.mean(0)
     spread = ((z - mean) ** 2).sum(0) / (2 * (k + 1) * (k + 2))
-    return (_derivative(f, k)(mean) + spread * _derivative(f, k + 2)(mean)) / factorial(k)
+    last = spread * _derivative(f, k + 2)(mean) / factorial(k)
+    return _derivative(f, k)(mean) / factorial(k) + last, last
 
 
 def _derivative(f: Callable[[Any], Any], k: int) -> Callable[[Any], Any]:
@@ -171,20 +214,25 @@ def expm(A: Any) -> Any:
     return torch.linalg.matrix_exp(A)
 
 
-@custom_jvp
 def logdet(A: Any) -> Any:
+    return _logdet(_real("logdet", A, "A"))
+
+
+@custom_jvp
+def _logdet(A: Any) -> Any:
     return torch.linalg.slogdet(A)[1]
 
 
-@logdet.defjvp
+@_logdet.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     (A,), (dA,) = primals, tangents
-    return logdet(A), (_inverse(A).mT * dA).sum((-2, -1))
+    return _logdet(A), (_inverse(A).mT * dA).sum((-2, -1))
 
 
 @custom_jvp
 def _inverse(A: Any) -> Any:
-    return torch.linalg.inv(A)
+    X, singular = torch.linalg.inv_ex(A)  # which does not raise, for one of many
+    return torch.where(singular[..., None, None] != 0, torch.inf, X)
 
 
 @_inverse.defjvp
@@ -197,35 +245,55 @@ def _(primals: Any, tangents: Any) -> Any:
 def stochastic_logdet(
     matvec: Callable[..., Any], probes: Any, *params: Any, steps: int = 30, order: int = 3
 ) -> Any:
-    if probes.ndim != 2 or steps < 1 or order not in (0, 1, 2, 3):
-        raise InputError(
-            f"rules.stochastic_logdet: probes has shape {tuple(probes.shape)}, steps is {steps!r}, order is {order!r}; "
-            "pass probes of shape (k, n), a positive number of steps, and an order from 0 to 3"
-        )
-    fixed_params = held(params)
-    fixed = lambda v: matvec(v, *fixed_params)
-    inverse = root(lambda y, b: fixed(y) - b, linear_solver="cg")
+    _refuse_order("stochastic_logdet", order)
+    probes = _probes(probes, steps)
+    fixed = _held_matvec(matvec, probes[0], held(params))
+    with torch.no_grad():
+        quadrature = lambda z: _quadrature(fixed, z, min(steps, z.shape[0]))
+        values, sizes, bad = torch.func.vmap(quadrature)(probes)
+    complain(Options("root", fixed, None, "cg", None, None, None, "raise"), bad, INDEFINITE)
 
-    def one(z: Any) -> Any:
-        total, v = _quadrature(fixed, z, min(steps, z.shape[0])), z
-        w = inverse(torch.zeros_like(z), z) if order else z
+    def series(z: Any, size: Any) -> Any:
+        inverse = root(lambda y, b: fixed(y) / size - b, linear_solver="cg")
+        total, v = torch.zeros_like(size), z
+        w = inverse(torch.zeros_like(z), z) / size if order else z
         for k in range(1, order + 1):
             moved = matvec(v, *params) - fixed(v)  # zero, but for its derivatives, in which this is a series
             total = total - (-1) ** k / k * (w * moved).sum()
-            v = inverse(torch.zeros_like(z), moved) if k < order else v
+            v = inverse(torch.zeros_like(z), moved) / size if k < order else v
         return total
 
-    return torch.func.vmap(one)(probes).mean()
+    return (values + torch.func.vmap(series)(probes, sizes)).mean()
 
 
-def _quadrature(matvec: Callable[..., Any], z: Any, steps: int) -> Any:
-    """zᵀ log(A) z, by Lanczos' iteration with full orthogonalisation; nothing is differentiated."""
-    z = z.detach()
+INDEFINITE = "rules.stochastic_logdet: A is not positive definite; pass products with a matrix that is"
+
+
+def _held_matvec(matvec: Callable[..., Any], z: Any, params: Any) -> Callable[[Any], Any]:
+    """v ↦ A v, of which what matvec closes over has no derivative either."""
+    used = closed_over(lambda z: _refuse_unlike(matvec(z, *params), z), z)
+    moving = [t for t in used if tracked(t)]
+
+    def fixed(v: Any) -> Any:
+        with Substituted(moving, held(moving)) if moving else nullcontext():
+            return matvec(v, *params)
+
+    if tracked(fixed(z)):
+        raise StrategyError(
+            "rules.stochastic_logdet: matvec closes over a tensor that is being differentiated, out of sight; "
+            "pass it as one of params"
+        )
+    return fixed
+
+
+def _quadrature(matvec: Callable[..., Any], z: Any, steps: int) -> tuple[Any, Any, Any]:
+    """zᵀ log(A) z, by Lanczos' iteration with full orthogonalisation; the size of A; whether A is not definite."""
     size = norm(z)
-    basis, diagonal, beside = [z / size], [], []
+    basis, diagonal, beside = [z / torch.where(size == 0, 1.0, size)], [], []
     for _ in range(steps):
-        v, Q = matvec(basis[-1]).detach(), torch.stack(basis)
-        a = (basis[-1] * v).sum()
+        q, Q = basis[-1], torch.stack(basis)
+        v = matvec(q)
+        a = torch.where((q == 0).all(), 1.0, (q * v).sum())
         for _ in range(2):
             v = v - Q.mT @ (Q @ v)
         b = norm(v)
@@ -235,15 +303,107 @@ def _quadrature(matvec: Callable[..., Any], z: Any, steps: int) -> Any:
         basis.append(torch.where(lost, 0.0, v / torch.where(lost, 1.0, b)))
     a, b = torch.stack(diagonal), torch.stack(beside)[:-1]
     theta, U = torch.linalg.eigh(a.diag_embed() + b.diag_embed(1) + b.diag_embed(-1))
-    tau = U[0]
-    logs = torch.where(tau == 0, 0.0, tau**2 * torch.where(tau == 0, 1.0, theta).log())
-    return size**2 * logs.sum()
+    tau, bad = U[0], ~(theta > 0).all()
+    return size**2 * (tau**2 * theta.log()).sum(), a[0].abs(), bad
 
 
 def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
+    if is_compiling():  # the compiler itself chooses what is computed again
+        return f(*args)
     again = custom_vjp(f)
-    again.defvjp(lambda *args: (f(*args), args), lambda args, u: torch.func.vjp(f, *args)[1](u))
+
+    def forward(*args: Any) -> Any:
+        replayed = _replayed(args)
+        return f(*args), (args, replayed)
+
+    def backward(kept: Any, u: Any) -> Any:
+        args, replayed = kept
+        leaves, structure = pytree.tree_flatten(args)
+        places = [i for i, x in enumerate(leaves) if is_inexact(x)]
+
+        def of_floats(*xs: Any) -> Any:
+            filled = list(leaves)
+            for i, x in zip(places, xs, strict=True):
+                filled[i] = x
+            with replayed():
+                out = f(*pytree.tree_unflatten(filled, structure))
+            return [y for y in pytree.tree_leaves(out) if is_inexact(y)]
+
+        pulled = torch.func.vjp(of_floats, *(leaves[i] for i in places))[1]
+        cts: list[Any] = [None] * len(leaves)
+        for i, ct in zip(places, pulled([u for u in pytree.tree_leaves(u) if u is not None]), strict=True):
+            cts[i] = ct
+        return pytree.tree_unflatten(cts, structure)
+
+    again.defvjp(forward, backward)
     return again(*args)
+
+
+def _replayed(args: Any) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which torch's generators, and those among the arguments, draw again what they draw after this."""
+    leaves = pytree.tree_leaves(args)
+    generators = [torch.default_generator, *(x for x in leaves if isinstance(x, torch.Generator))]
+    for device in {x.device for x in leaves if isinstance(x, torch.Tensor) and x.device.type == "cuda"}:
+        generators.append(torch.cuda.default_generators[device.index])
+    states = [generator.get_state() for generator in generators]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        now = [generator.get_state() for generator in generators]
+        try:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            yield
+        finally:
+            for generator, state in zip(generators, now, strict=True):
+                generator.set_state(state)
+
+    return again
+
+
+def _real(op: str, x: Any, name: str = "x") -> Any:
+    """x as a tensor of real numbers."""
+    x = x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
+    if x.is_complex():
+        raise KindError(f"rules.{op}: {name} is complex; pass real numbers")
+    return x
+
+
+def _refuse_order(op: str, order: Any) -> None:
+    if type(order) is not int or not 0 <= order <= 3:
+        raise InputError(f"rules.{op}: order is {order!r}; pass 0, 1, 2 or 3")
+
+
+def _probes(probes: Any, steps: Any) -> Any:
+    """The probes, as a matrix of floats."""
+    if is_compiling():
+        raise StrategyError(
+            "rules.stochastic_logdet: torch.compile would unroll its iterations for minutes; call it uncompiled"
+        )
+    probes = as_tensor(probes)
+    if not isinstance(probes, torch.Tensor) or not probes.is_floating_point():
+        kind = getattr(probes, "dtype", type(probes).__name__)
+        raise KindError(f"rules.stochastic_logdet: probes is {kind}; pass a tensor of floats")
+    if probes.ndim != 2 or 0 in probes.shape or type(steps) is not int or steps < 1:
+        raise InputError(
+            f"rules.stochastic_logdet: probes has shape {tuple(probes.shape)}, steps is {steps!r}; "
+            "pass probes of shape (k, n) and a positive whole number of steps"
+        )
+    if tracked(probes):
+        raise StrategyError(
+            "rules.stochastic_logdet: probes are being differentiated, in which the estimate has no derivative here; "
+            "hold them constant by .detach()"
+        )
+    return probes
+
+
+def _refuse_unlike(v: Any, z: Any) -> None:
+    given = [(tuple(x.shape), x.dtype) for x in pytree.tree_leaves(v)]
+    if given != [(tuple(z.shape), z.dtype)]:
+        raise InputError(
+            f"rules.stochastic_logdet: matvec of a vector {tuple(z.shape)} of {z.dtype} has given {given}; "
+            "return a vector like it"
+        )
 
 
 def _largest(x: Any, axis: Any, least: float) -> Any:
