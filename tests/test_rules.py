@@ -264,9 +264,12 @@ def test_checkpoint_takes_any_leaf(fw):
         return {"y": (x**n)[places].sum(), "first": x.argmax(), "name": name}
 
     g = lambda x: fw.gl.rules.checkpoint(f, x, 3, None, "a", fw.array(np.array([0])))
-    assert fw.numpy(g(x)["first"]) == 1 and g(x)["name"] == "a"
+    assert fw.numpy(g(x)["first"]) == 1
+    assert g(x)["name"] == "a"
     np.testing.assert_allclose(fw.numpy(fw.grad(lambda x: g(x)["y"])(x)), [12.0, 0.0])
-    np.testing.assert_allclose(fw.numpy(fw.jacfwd(fw.grad(lambda x: g(x)["y"]))(x)), [[12.0, 0.0], [0.0, 0.0]])
+    np.testing.assert_allclose(
+        fw.numpy(fw.jacfwd(fw.grad(lambda x: g(x)["y"]))(x)), [[12.0, 0.0], [0.0, 0.0]]
+    )
 
 
 def test_checkpoint_draws_the_same_again_in_torch():
@@ -284,20 +287,29 @@ def test_checkpoint_draws_the_same_again_in_torch():
         y = rules.checkpoint(f, x, *args)
         between = torch.rand(1)
         (slope,) = torch.autograd.grad(y.sum(), x)
-        assert torch.equal(slope, y.detach()) and 0 < len(slope.unique())
+        assert torch.equal(slope, y.detach())
+        assert len(slope.unique()) > 0
         after = torch.rand(1)
         loss = lambda x, f=f, args=args: (lambda y: (y.sum(), y))(rules.checkpoint(f, x, *args))
         slope, value = torch.func.grad(loss, has_aux=True)(ones)
         assert torch.equal(slope, value)
-        value, tangent = torch.func.jvp(lambda x, f=f, args=args: rules.checkpoint(f, x, *args), (ones,), (ones,))
+        value, tangent = torch.func.jvp(
+            lambda x, f=f, args=args: rules.checkpoint(f, x, *args), (ones,), (ones,)
+        )
         assert torch.equal(tangent, value)
     torch.manual_seed(0)  # the last f drew from its own generator
-    assert torch.equal(torch.rand(1), between) and torch.equal(torch.rand(1), after)
-    batched = lambda x: torch.func.grad(lambda x: (lambda y: (y.sum(), y))(rules.checkpoint(drop, x)), has_aux=True)(x)
+    assert torch.equal(torch.rand(1), between)
+    assert torch.equal(torch.rand(1), after)
+    batched = lambda x: torch.func.grad(
+        lambda x: (lambda y: (y.sum(), y))(rules.checkpoint(drop, x)), has_aux=True
+    )(x)
     for randomness in ("same", "different"):
         slope, value = torch.func.vmap(batched, randomness=randomness)(torch.ones(5, 9))
-        assert torch.equal(slope, value) and len(slope.unique()) == 2
-    slope = torch.compile(torch.func.grad(lambda x: rules.checkpoint(torch.sin, x).sum()), backend="aot_eager")(ones)
+        assert torch.equal(slope, value)
+        assert len(slope.unique()) == 2
+    slope = torch.compile(
+        torch.func.grad(lambda x: rules.checkpoint(torch.sin, x).sum()), backend="aot_eager"
+    )(ones)
     assert torch.allclose(slope, ones.cos())
 
 
@@ -329,7 +341,10 @@ def test_clipping_in_every_place(fw):
     again = fw.compile(fw.grad(lambda x: (fw.grad(lambda x: (clip(x, 100.0) ** 3).sum())(x)).sum()))
     np.testing.assert_allclose(fw.numpy(again(x)), 6.0)
     tree = lambda x: {"x": x, "n": fw.array(np.array([1, 2])), "none": None}
-    for rule, right in ((lambda t: clip(t, 1.0), 0.5), (lambda t: fw.gl.rules.reverse_gradient(t, 2.0), -20.0)):
+    for rule, right in (
+        (lambda t: clip(t, 1.0), 0.5),
+        (lambda t: fw.gl.rules.reverse_gradient(t, 2.0), -20.0),
+    ):
         np.testing.assert_allclose(fw.numpy(fw.grad(lambda x: (10 * rule(tree(x))["x"]).sum())(x)), right)
         assert fw.numpy(rule(tree(x))["n"]).tolist() == [1, 2]
 
@@ -340,10 +355,10 @@ def test_clipping_has_no_forward_mode(fw):
     slope = lambda x: fw.jvp(f, x, x)
     for forward in (slope, lambda x: fw.jvp(slope, x, x)):
         own = (TypeError, NotImplementedError)  # jax's
-        with pytest.raises(StrategyError if fw.name == "torch" else own, match="forward|custom_lin"):
+        with pytest.raises(StrategyError if fw.name == "torch" else own, match=r"forward|custom_lin"):
             forward(x)
     if fw.name == "torch":
-        with pytest.raises(Exception, match="no forward mode|nonstrict_trace"):
+        with pytest.raises(Exception, match=r"no forward mode|nonstrict_trace"):
             fw.compile(slope)(x)
         assert fw.numpy(fw.jvp(fw.xp.sin, x[0], x[0])) == np.cos(1.0)  # nothing of it is left behind
 
@@ -377,7 +392,9 @@ def test_matrix_function_of_hermitian_matrices(fw):
     H, E = H + H.T.conj(), (lambda M: M + M.T)(rng.normal(size=(3, 3))) + 0j
     rules = fw.gl.rules
     one, other = (
-        fw.numpy(quick(fw, lambda A, f=f: fw.jvp(lambda A: fw.jvp(f, A, fw.array(E)), A, fw.array(E)))(fw.array(H)))
+        fw.numpy(
+            quick(fw, lambda A, f=f: fw.jvp(lambda A: fw.jvp(f, A, fw.array(E)), A, fw.array(E)))(fw.array(H))
+        )
         for f in (lambda A: rules.matrix_function(fw.xp.exp, A, order=2), rules.expm)
     )
     np.testing.assert_allclose(one, other, rtol=1e-9)
@@ -413,17 +430,29 @@ def test_no_axis_is_each_entry(fw):
     x = fw.array(np.array([-2.0, 0.0]))
     for keepdims in (False, True):
         np.testing.assert_array_equal(fw.numpy(fw.gl.rules.norm(x, axis=(), keepdims=keepdims)), [2.0, 0.0])
-        np.testing.assert_array_equal(fw.numpy(fw.gl.rules.logsumexp(x, axis=(), keepdims=keepdims)), [-2.0, 0.0])
+        np.testing.assert_array_equal(
+            fw.numpy(fw.gl.rules.logsumexp(x, axis=(), keepdims=keepdims)), [-2.0, 0.0]
+        )
+
+
+def closing_over(fw, order):
+    outer, probes = fw.array(B @ B.T + np.eye(6)), fw.array(PROBES)
+    return lambda a: fw.gl.rules.stochastic_logdet(lambda v: a * (outer @ v), probes, order=order)
+
+
+@pytest.mark.slow
+def test_estimate_of_what_matvec_closes_over_in_every_mode(fw):
+    f, a = closing_over(fw, 2), fw.array(np.array(2.0))
+    for derivative, right in ((fw.jacfwd, 3.0), (lambda f: fw.jacfwd(fw.grad(f)), -1.5)):
+        np.testing.assert_allclose(fw.numpy(quick(fw, derivative(f))(a)), right, rtol=1e-9)
 
 
 def test_estimate_of_what_matvec_closes_over(fw):
-    """As of a parameter, in every derivative."""
-    outer, probes = fw.array(B @ B.T + np.eye(6)), fw.array(PROBES)
-    f = lambda a: fw.gl.rules.stochastic_logdet(lambda v: a * (outer @ v), probes, order=2)
-    a = fw.array(np.array(2.0))
-    for derivative, right in ((fw.grad, 3.0), (fw.jacfwd, 3.0), (lambda f: fw.jacfwd(fw.grad(f)), -1.5)):
-        np.testing.assert_allclose(fw.numpy(quick(fw, derivative(f))(a)), right, rtol=1e-9)
+    """As of a parameter."""
+    slope = quick(fw, fw.grad(closing_over(fw, 1)))
+    np.testing.assert_allclose(fw.numpy(slope(fw.array(np.array(2.0)))), 3.0, rtol=1e-9)
     if fw.name == "torch":
+        outer, probes = fw.array(B @ B.T + np.eye(6)), fw.array(PROBES)
         layer = fw.xp.nn.Linear(6, 6, bias=False, dtype=fw.xp.float64)
         with fw.xp.no_grad():
             layer.weight.copy_(outer)
@@ -435,7 +464,9 @@ def test_estimate_of_what_matvec_closes_over(fw):
 def test_estimate_of_small_matrices_and_of_nothing(fw):
     probes = np.concatenate([PROBES, np.zeros((6, 6))])
     A = np.diag(np.arange(1.0, 7.0))
-    f = lambda s: fw.gl.rules.stochastic_logdet(lambda v, s: s * (fw.array(A) @ v), fw.array(probes), s, order=1)
+    f = lambda s: fw.gl.rules.stochastic_logdet(
+        lambda v, s: s * (fw.array(A) @ v), fw.array(probes), s, order=1
+    )
     s = fw.array(np.array(1e-20))
     np.testing.assert_allclose(fw.numpy(quick(fw, f)(s)), np.linalg.slogdet(1e-20 * A)[1] / 2, rtol=1e-12)
     np.testing.assert_allclose(fw.numpy(quick(fw, fw.grad(f))(s)), 3e20, rtol=1e-9)
@@ -444,12 +475,16 @@ def test_estimate_of_small_matrices_and_of_nothing(fw):
 def test_estimate_refuses(fw):
     x, A = fw.array(PROBES), fw.array(np.diag([1.0, 2, 3, 4, 5, -6]))
     estimate = lambda f, probes=x, **options: fw.gl.rules.stochastic_logdet(f, probes, **options)
-    for order in (0, 3):
+    for order in (0, 1):
         with pytest.raises(ConvergenceError, match="A is not positive definite"):
             estimate(lambda v: A @ v, order=order)
     for error, message, call in (
         (StrategyError, "probes are being diff", lambda: fw.grad(lambda x: estimate(lambda v: 2 * v, x))(x)),
-        (StrategyError, "probes are being diff", lambda: fw.jvp(lambda x: estimate(lambda v: 2 * v, x, order=0), x, x)),
+        (
+            StrategyError,
+            "probes are being diff",
+            lambda: fw.jvp(lambda x: estimate(lambda v: 2 * v, x, order=0), x, x),
+        ),
         (KindError, "probes is .*int64", lambda: estimate(lambda v: v, fw.array(np.ones((2, 3), int)))),
         (KindError, "probes is list", lambda: estimate(lambda v: v, [[1.0]])),
         (InputError, "probes has shape", lambda: estimate(lambda v: v, x[:0])),
@@ -468,7 +503,11 @@ def test_complex_numbers_are_refused(fw):
     for op in (rules.norm, rules.sqrt, rules.log1mexp, rules.logsumexp, rules.logdet):
         with pytest.raises(KindError, match="is complex; pass real numbers"):
             op(z)
-    for op in (lambda z: rules.clip_gradient(z, 1.0), rules.reverse_gradient, lambda z: rules.straight_through(z, z)):
+    for op in (
+        lambda z: rules.clip_gradient(z, 1.0),
+        rules.reverse_gradient,
+        lambda z: rules.straight_through(z, z),
+    ):
         with pytest.raises(KindError, match="holds complex numbers"):
             op(z)
 
@@ -476,7 +515,7 @@ def test_complex_numbers_are_refused(fw):
 def test_estimators_refuse_what_has_no_derivative(fw):
     x, n = fw.array(np.ones(2)), fw.array(np.ones(2, dtype=np.int64))
     for hard, soft in ((n, x), (x, n), (n == 1, n == 1), ([x, n], [x, x]), ([x, x], [x, n])):
-        with pytest.raises(KindError, match="(hard|soft).*(int64|bool)"):
+        with pytest.raises(KindError, match=r"(hard|soft).*(int64|bool)"):
             fw.gl.rules.straight_through(hard, soft)
 
 

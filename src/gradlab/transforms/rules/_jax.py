@@ -175,6 +175,7 @@ def _meeting(f: Callable[[Any], Any], z: Any) -> tuple[Any, Any]:
     k, mean = len(z) - 1, z.mean(0)
     spread = ((z - mean) ** 2).sum(0) / (2 * (k + 1) * (k + 2))
     last = spread * _derivative(f, k + 2)(mean) / factorial(k)
+    last = jnp.where(jnp.isfinite(last), last, 0.0)  # a derivative that overflows, or is infinite at zero
     return _derivative(f, k)(mean) / factorial(k) + last, last
 
 
@@ -228,7 +229,9 @@ def stochastic_logdet(
     fixed_matvec, fixed_params = held((matvec, params))
     fixed = lambda v: fixed_matvec(v, *fixed_params)
     values, sizes, bad = jax.vmap(lambda z: _quadrature(fixed, z, min(steps, z.shape[0])))(probes)
-    values = complain(Options("root", fixed, None, "cg", None, None, None, "raise"), values, bad.any(), INDEFINITE)
+    values = complain(
+        Options("root", fixed, None, "cg", None, None, None, "raise"), values, bad.any(), INDEFINITE
+    )
 
     def series(z: Any, size: Any) -> Any:
         inverse = root(lambda y, b: fixed(y) / size - b, linear_solver="cg")
@@ -281,7 +284,9 @@ def _quadrature(matvec: Callable[..., Any], z: Any, steps: int) -> tuple[Any, An
 
 
 def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
-    return eqx.filter_checkpoint(f)(*jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args))
+    return eqx.filter_checkpoint(f)(
+        *jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
+    )
 
 
 def _real(op: str, x: Any, name: str = "x") -> Any:

@@ -199,6 +199,7 @@ def _meeting(f: Callable[[Any], Any], z: Any) -> tuple[Any, Any]:
     k, mean = len(z) - 1, z.mean(0)
     spread = ((z - mean) ** 2).sum(0) / (2 * (k + 1) * (k + 2))
     last = spread * _derivative(f, k + 2)(mean) / factorial(k)
+    last = torch.where(torch.isfinite(last), last, 0.0)  # a derivative that overflows, or is infinite at zero
     return _derivative(f, k)(mean) / factorial(k) + last, last
 
 
@@ -363,7 +364,11 @@ def _replayed(args: Any) -> Callable[[], AbstractContextManager[None]]:
 
 def _real(op: str, x: Any, name: str = "x") -> Any:
     """x as a tensor of real numbers."""
-    x = x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
+    x = (
+        x
+        if isinstance(x, torch.Tensor)
+        else torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
+    )
     if x.is_complex():
         raise KindError(f"rules.{op}: {name} is complex; pass real numbers")
     return x
