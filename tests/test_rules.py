@@ -349,6 +349,12 @@ def test_clipping_in_every_place(fw):
         assert fw.numpy(rule(tree(x))["n"]).tolist() == [1, 2]
 
 
+def test_clipping_refuses_what_is_no_number(fw):
+    for max_norm in ("a", None):
+        with pytest.raises(KindError, match=r"max_norm is a (str|NoneType); pass a positive number"):
+            fw.gl.rules.clip_gradient(fw.array(np.ones(2)), max_norm)
+
+
 def test_clipping_has_no_forward_mode(fw):
     x = fw.array(np.ones(4))
     f = lambda x: (10 * fw.gl.rules.clip_gradient(x, 1.0)).sum()

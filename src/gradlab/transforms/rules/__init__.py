@@ -409,14 +409,15 @@ def stochastic_logdet(
     Raises:
         InputError: probes is not a matrix, steps is not positive, order is not 0, 1, 2 or 3, A v is not like v.
         KindError: probes are not floats.
-        StrategyError: probes are being differentiated; in torch, torch.compile is at work, or matvec closes over a
-            differentiated tensor where it cannot be seen.
+        StrategyError: probes are being differentiated; in torch, matvec closes over a differentiated tensor where
+            it cannot be seen.
         ConvergenceError: A is seen not to be positive definite, or conjugate gradients do not converge (equinox's
             own error where jax has no numbers to look at).
 
     Cost:
         `steps` products for each probe, and memory of `steps` vectors; to be differentiated one more solve
-        by conjugate gradients for each probe, and one or two for each order.
+        by conjugate gradients for each probe, and one or two for each order. torch.compile leaves it out of its
+        graphs: it would unroll the iterations for minutes.
 
     Example:
         >>> import torch

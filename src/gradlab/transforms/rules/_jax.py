@@ -80,6 +80,10 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def clip_gradient(x: Any, max_norm: float) -> Any:
+    if not isinstance(max_norm, (int, float, np.number, np.ndarray, jax.Array)):
+        raise KindError(
+            f"rules.clip_gradient: max_norm is a {type(max_norm).__name__}; pass a positive number"
+        )
     if isinstance(max_norm, (int, float)) and not max_norm > 0:
         raise InputError(f"rules.clip_gradient: max_norm is {max_norm!r}; pass a positive number")
     tree = Tree("rules.clip_gradient", "x", x)

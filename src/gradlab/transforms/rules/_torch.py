@@ -87,6 +87,10 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def clip_gradient(x: Any, max_norm: float) -> Any:
+    if not isinstance(max_norm, (int, float, torch.Tensor)):
+        raise KindError(
+            f"rules.clip_gradient: max_norm is a {type(max_norm).__name__}; pass a positive number"
+        )
     if isinstance(max_norm, (int, float)) and not max_norm > 0:
         raise InputError(f"rules.clip_gradient: max_norm is {max_norm!r}; pass a positive number")
     tree = Tree("rules.clip_gradient", "x", x)
@@ -243,6 +247,7 @@ def _(primals: Any, tangents: Any) -> Any:
     return X, -X @ dA @ X
 
 
+@torch.compiler.disable  # which would unroll the iterations for minutes
 def stochastic_logdet(
     matvec: Callable[..., Any], probes: Any, *params: Any, steps: int = 30, order: int = 3
 ) -> Any:
@@ -381,10 +386,6 @@ def _refuse_order(op: str, order: Any) -> None:
 
 def _probes(probes: Any, steps: Any) -> Any:
     """The probes, as a matrix of floats."""
-    if is_compiling():
-        raise StrategyError(
-            "rules.stochastic_logdet: torch.compile would unroll its iterations for minutes; call it uncompiled"
-        )
     probes = as_tensor(probes)
     if not isinstance(probes, torch.Tensor) or not probes.is_floating_point():
         kind = getattr(probes, "dtype", type(probes).__name__)
