@@ -1,7 +1,7 @@
 """A library of rules: functions whose derivatives are right where the plain formula's are not.
 
-Contracts only; `_jax.py` and `_torch.py` implement them in this order. Unless said otherwise they hold in
-every mode and nest of modes, to any order, under vmap and compiled.
+Contracts only; `_jax.py` and `_torch.py` implement them, with the modules beside them. Unless said otherwise
+they hold in every mode and nest of modes, to any order, under vmap and compiled.
 """
 
 from __future__ import annotations
