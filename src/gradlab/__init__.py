@@ -14,6 +14,10 @@ Differentiate with respect to the first argument after `f`; everything after it 
     root(residual)(y0, *args)           y with residual(y, *args) = 0, differentiable in args
     fixed_point(step)(y0, *args)        y with step(y, *args) = y
     argmin(objective)(y0, *args)        a minimum of objective(y, *args)
+    per_example_grads(loss, params, *batch)   ∇ loss(params, *example) of each example
+    per_example_norms(loss, params, *batch)   their norms, without forming them
+    clipped_grad(loss, params, *batch, max_norm=1.0)   their sum, clipped one by one
+    private_grad(loss, params, *batch, ...)   the same with noise; gradlab.privacy accounts for it
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
     rules.norm(x), rules.eigh(A), ...   functions with derivatives right where plain formulas' are not
 
@@ -48,6 +52,12 @@ from gradlab.transforms.implicit_functions import argmin, fixed_point, root
 from gradlab.transforms.jacobians import jacobian, jacobian_operator
 from gradlab.transforms.models import functional
 from gradlab.transforms.operators import LinearOperator
+from gradlab.transforms.per_example import (
+    clipped_grad,
+    per_example_grads,
+    per_example_norms,
+    private_grad,
+)
 
 __version__ = "0.1.0"
 
@@ -62,6 +72,7 @@ __all__ = [
     "StrategyError",
     "TooLargeError",
     "argmin",
+    "clipped_grad",
     "custom_jvp",
     "custom_vjp",
     "fixed_point",
@@ -74,6 +85,9 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "per_example_grads",
+    "per_example_norms",
+    "private_grad",
     "root",
 ]
 

@@ -12,10 +12,17 @@ from gradlab.transforms.hessians._jax import (
 from gradlab.transforms.implicit_functions._jax import argmin, fixed_point, root
 from gradlab.transforms.jacobians._jax import jacobian, jacobian_operator
 from gradlab.transforms.models._jax import functional
+from gradlab.transforms.per_example._jax import (
+    clipped_grad,
+    per_example_grads,
+    per_example_norms,
+    private_grad,
+)
 from gradlab.transforms.rules import _jax as rules
 
 __all__ = [
     "argmin",
+    "clipped_grad",
     "custom_jvp",
     "custom_vjp",
     "fixed_point",
@@ -28,6 +35,9 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "per_example_grads",
+    "per_example_norms",
+    "private_grad",
     "root",
     "rules",
 ]

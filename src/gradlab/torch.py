@@ -12,10 +12,17 @@ from gradlab.transforms.hessians._torch import (
 from gradlab.transforms.implicit_functions._torch import argmin, fixed_point, root
 from gradlab.transforms.jacobians._torch import jacobian, jacobian_operator
 from gradlab.transforms.models._torch import functional
+from gradlab.transforms.per_example._torch import (
+    clipped_grad,
+    per_example_grads,
+    per_example_norms,
+    private_grad,
+)
 from gradlab.transforms.rules import _torch as rules
 
 __all__ = [
     "argmin",
+    "clipped_grad",
     "custom_jvp",
     "custom_vjp",
     "fixed_point",
@@ -28,6 +35,9 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "per_example_grads",
+    "per_example_norms",
+    "private_grad",
     "root",
     "rules",
 ]

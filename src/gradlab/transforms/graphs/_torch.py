@@ -127,15 +127,15 @@ def recorded(f: Function, leaves: Leaves, user: Any, gradient: bool, forward: bo
         xs = [x.detach().requires_grad_() for x in leaves]
     level = _learned_level(user)
     repair, (outputs, aux) = _run(f, xs, level)
-    attached, kinds = _survey(outputs, xs)
-    needed = Level.ALL if repair and repair.names and repair.differentiates else _needed(kinds, attached)
+    attached, kinds = survey(outputs, xs)
+    needed = Level.ALL if repair and repair.names and repair.differentiates else repairs_needed(kinds, attached)
     if needed > level:
         _remember(user, needed)
         repair, (outputs, aux) = _run(f, xs, needed)
-        attached, kinds = _survey(outputs, xs)
+        attached, kinds = survey(outputs, xs)
     elif level is Level.TRANSFORMS and repair and repair.plain and not needed:
         _remember(user, Level.NONE)
-    if repair and repair.level >= Level.ALL and _needed(kinds, attached) >= Level.ALL:
+    if repair and repair.level >= Level.ALL and repairs_needed(kinds, attached) >= Level.ALL:
         raise StrategyError(
             "f calls an operation whose higher derivatives torch gets wrong "
             f"({', '.join(sorted({kind.__name__ for kind in kinds} & FAULTY))}) below torch's Python functions; "
@@ -169,7 +169,7 @@ def _without_a_second(kinds: frozenset[type]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _needed(kinds: frozenset[type], attached: bool) -> Level:
+def repairs_needed(kinds: frozenset[type], attached: bool) -> Level:
     """The repairs that a graph of these operations needs."""
     names = {kind.__name__ for kind in kinds}
     if not names.isdisjoint(UNREPAIRABLE):
@@ -207,7 +207,7 @@ def _remember(user: Any, level: Level) -> None:
         return
 
 
-def _survey(outputs: Leaves, xs: Leaves) -> tuple[bool, frozenset[type]]:
+def survey(outputs: Leaves, xs: Leaves) -> tuple[bool, frozenset[type]]:
     """Whether the graph of `outputs` has leaves other than `xs`, and its kinds of operations."""
     nodes = [y.grad_fn for y in outputs if y.grad_fn is not None]
     seen, ends = {None, *nodes}, []
