@@ -122,9 +122,8 @@ class Convolution:
     def _backward(self, x: Tensor, dy: Tensor) -> Tensor:
         stride, padding, dilation, groups = self.options
         none = [0] * len(stride)
-        w = self.view.value
         return aten.convolution_backward(
-            dy, x, w, [0], stride, padding, dilation, False, none, groups, [False, True, False]
+            dy, x, self.view.value.detach(), [0], stride, padding, dilation, False, none, groups, [False, True, False]
         )[1]
 
     def pair(self) -> tuple[Any, Any, Any]:
@@ -252,7 +251,7 @@ class Recorder(TorchFunctionMode):
         if value.requires_grad and value.is_floating_point() and value.numel() == view.value.numel():
             axes, steps = view.axes, view.steps
             if func in PERMUTING and axes is not None and not steps:
-                sizes = func(torch.empty(range(1, 1 + len(axes)), device="meta"), *args[1:], **kwargs).shape
+                sizes = func(torch.empty(tuple(range(1, 1 + len(axes))), device="meta"), *args[1:], **kwargs).shape
                 axes = tuple(axes[size - 1] for size in sizes)
             elif value.shape != view.value.shape or func in PERMUTING:
                 axes, steps = None, (*steps, (func.__name__, repr(args[1:]), repr(kwargs)))
@@ -270,12 +269,14 @@ class Recorder(TorchFunctionMode):
 
     def keep(self, x: Arranged) -> Tensor:
         self.kept.append((x.raw, x.raw._version))
-        return x(x.raw if self.again else x.raw.detach())
+        return x.arrange(x.raw if self.again else x.raw.detach())
 
-    def record(self, use: Any, y: Any) -> None:
+    def record(self, y: Any, *uses: Any) -> None:
+        """Where y is in the graph as it is now: a later change in place moves y, and a view loses its place."""
         raw = Arranged.of(y).raw
-        if raw.requires_grad:
-            self.uses.append((use, get_gradient_edge(raw)))
+        edge = get_gradient_edge(raw if raw._base is None else raw._base)
+        for use in uses:
+            self.uses.append((use, edge))
 
 
 @dataclass(frozen=True)
@@ -307,17 +308,31 @@ class Arranged:
         """How many further axes are mapped, by a vmap of the loss's own."""
         return len(self.levels) - 1
 
-    def __call__(self, raw: Tensor) -> Tensor:
-        return raw if self.order == tuple(range(raw.ndim)) else raw.permute(self.order)
+    @property
+    def arrange(self) -> Callable[[Tensor], Tensor]:
+        """Of the tensor, or of a gradient like it (or like the base, if it is a view)."""
+        shape, order = self.raw.shape, self.order
+        return lambda raw: raw.reshape(shape).permute(order)
 
 
-def contract(recorder: Recorder, x: Any, w: Any, run: Any, of_x: str, of_w: str, of_y: str) -> Any:
+def settled(y: Any) -> tuple[Any, Arranged]:
+    """An output whose place in the graph can be told, and its axes."""
+    below = Arranged.of(y)
+    raw, base = below.raw, below.raw._base
+    if base is not None and not (raw.numel() == base.numel() and raw.is_contiguous() and base.is_contiguous()):
+        y = y.clone()
+        below = Arranged.of(y)
+    return y, below
+
+
+def contract(
+    recorder: Recorder, x: Any, w: Any, run: Any, of_x: str, of_w: str, of_y: str, bias: View | None = None
+) -> Any:
     """An operation on x and a leaf that sums their products, with the letters of their axes."""
     view, rows = recorder.view(w), recorder.rows(x)
     if view is None or rows is None or recorder.view(x) is not None:
         return NotImplemented
-    y = run(view.value)
-    below = Arranged.of(y)
+    y, below = settled(run(view.value))
     if below.levels != rows.levels:
         return NotImplemented
     if not below.raw.requires_grad:
@@ -334,9 +349,11 @@ def contract(recorder: Recorder, x: Any, w: Any, run: Any, of_x: str, of_w: str,
         return a.reshape(sizes[0], math.prod(sizes[1:g]), math.prod(sizes[g:t]), math.prod(sizes[t:]))
 
     kept = canonical(recorder.keep(rows), n + e + of_x, contracted)
-    arranged = lambda raw: canonical(below(raw), n + e + of_y, free)
+    arrange, letters_of_y = below.arrange, n + e + of_y
+    arranged = lambda raw: canonical(arrange(raw), letters_of_y, free)
     parts = tuple(tuple(of_w.index(c) for c in part) for part in (groups, contracted, free))
-    recorder.record(Contraction(view, kept, arranged, parts), y)
+    shifts = [] if bias is None else [added(bias, below, -1)]
+    recorder.record(y, Contraction(view, kept, arranged, parts), *shifts)
     return y
 
 
@@ -351,16 +368,19 @@ def linear(recorder: Recorder, input: Any, weight: Any, bias: Any = None) -> Any
     b = bias if of_bias is None else of_bias.value
     ts = LETTERS[: input.ndim - 1]
     run = lambda w: functional.linear(input, w, b)
-    y = contract(recorder, input, weight, run, ts + "q", "pq", ts + "p")
-    if y is not NotImplemented and of_bias is not None:
-        recorder.record(added(recorder, of_bias, y, -1), y)
-    return y
+    return contract(recorder, input, weight, run, ts + "q", "pq", ts + "p", of_bias)
 
 
-def added(recorder: Recorder, view: View, y: Any, channel: int) -> Bias:
+def added(view: View, y: Arranged, channel: int) -> Bias:
     """The gradient of a bias along one axis of y."""
-    below = Arranged.of(y)
-    return Bias(view, lambda raw: below(raw).movedim(channel, -1).flatten(1, -2) if raw.ndim > 2 else below(raw)[:, None])
+
+    arrange = y.arrange
+
+    def arranged(raw: Tensor) -> Tensor:
+        dy = arrange(raw).movedim(channel, -1)
+        return dy.reshape(dy.shape[0], -1, dy.shape[-1])
+
+    return Bias(view, arranged)
 
 
 def matmul(recorder: Recorder, input: Any, other: Any) -> Any:
@@ -435,18 +455,17 @@ def convolution(dims: int) -> Callable[..., Any]:
                 return NotImplemented
             padding = [r // 2 for r in reach] if padding == "same" else 0
         b = bias if of_bias is None else of_bias.value
-        y = run(input, view.value, b, stride, padding, dilation, groups)
-        below = Arranged.of(y)
+        y, below = settled(run(input, view.value, b, stride, padding, dilation, groups))
         if below.levels != rows.levels:
             return NotImplemented
         if not below.raw.requires_grad:
             return y
         several = lambda a: a.reshape(a.shape[0], -1, *a.shape[a.ndim - dims - 1 :])
-        x, arranged = several(recorder.keep(rows)), lambda raw: several(below(raw))
+        arrange = below.arrange
+        x, arranged = several(recorder.keep(rows)), lambda raw: several(arrange(raw))
         options = (wide(stride), wide(padding), gaps, groups)
-        recorder.record(Convolution(view, x, arranged, options), y)
-        if of_bias is not None:
-            recorder.record(added(recorder, of_bias, y, -dims - 1), y)
+        shifts = [] if of_bias is None else [added(of_bias, below, -dims - 1)]
+        recorder.record(y, Convolution(view, x, arranged, options), *shifts)
         return y
 
     return conv
@@ -480,8 +499,7 @@ def looked_up(recorder: Recorder, index: Any, weight: Any, run: Any, padding_idx
     view, rows = recorder.view(weight), recorder.rows(index)
     if view is None or rows is None:
         return NotImplemented
-    y = run(view.value)
-    below = Arranged.of(y)
+    y, below = settled(run(view.value))
     if below.levels != rows.levels:
         return NotImplemented
     if not below.raw.requires_grad:
@@ -489,12 +507,13 @@ def looked_up(recorder: Recorder, index: Any, weight: Any, run: Any, padding_idx
     n = weight.shape[0]
     numbers = recorder.keep(rows)
     numbers = numbers.reshape(numbers.shape[0], 1, -1).long() % n
+    arrange = below.arrange
 
     def arranged(raw: Tensor) -> Tensor:
-        dy = below(raw).reshape(*numbers.shape, -1)
+        dy = arrange(raw).reshape(*numbers.shape, -1)
         return dy if padding_idx is None else dy.masked_fill((numbers == padding_idx % n).unsqueeze(-1), 0)
 
-    recorder.record(Lookup(view, numbers, arranged), y)
+    recorder.record(y, Lookup(view, numbers, arranged))
     return y
 
 
