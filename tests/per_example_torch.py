@@ -65,7 +65,10 @@ def modules():
     yield "conv, depthwise", model(nn.Conv2d(3, 6, 2, groups=3, bias=False), draw(N, 3, 4, 4))
     yield "conv, wide", model(nn.Conv1d(1, 2, 2), draw(N, 1, 30))
     yield "transposed conv", model(nn.ConvTranspose1d(2, 3, 2), draw(N, 2, 4))
-    yield "embedding", model(Of(lambda m, i: m.out(m.embed(i)), embed=nn.Embedding(7, 3), out=lin(3, 2)), tokens)
+    yield (
+        "embedding",
+        model(Of(lambda m, i: m.out(m.embed(i)), embed=nn.Embedding(7, 3), out=lin(3, 2)), tokens),
+    )
     yield "padded", model(nn.Embedding(7, 3, padding_idx=2), tokens)
     yield "scaled by frequency", model(nn.Embedding(7, 3, scale_grad_by_freq=True), tokens[:, :2])
     yield "tied", model(Of(tied, embed=nn.Embedding(7, 3), mix=lin(3, 3)), tokens)
@@ -87,7 +90,10 @@ def modules():
     yield "batch norm, evaluation", model(batch_norm, draw(N, 2, 3), keep=True)
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
     yield "attention", model(Of(lambda m, x: m.a(x, x, x), a=attention), draw(N, 3, 4), keep=True)
-    yield "cross attention", model(Of(lambda m, x, y: m.a(x, y, y), a=attention), draw(N, 3, 4), draw(N, 2, 4))
+    yield (
+        "cross attention",
+        model(Of(lambda m, x, y: m.a(x, y, y), a=attention), draw(N, 3, 4), draw(N, 2, 4)),
+    )
     uneven = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, batch_first=True, add_bias_kv=True)
     yield "uneven attention", model(uneven, draw(N, 3, 4), draw(N, 2, 3), draw(N, 2, 2))
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
@@ -141,7 +147,10 @@ def functions():
     yield "one number", (lambda p, x: p**2 * x, draw(), (draw(N),), {})
     yield "addmm", (lambda p, x: sq(torch.addmm(p["b"], x, p["V"])), {"V": V, "b": b}, (X,), {})
     yield "einsum", (lambda p, x: sq(torch.einsum("tq,hqk->htk", x, p["K"])), {"K": draw(2, 3, 2)}, (X,), {})
-    yield "einsum of groups", (lambda p, x: sq(torch.einsum("gq,gqk->gk", x, p["K"])), {"K": draw(4, 3, 2)}, (X,), {})
+    yield (
+        "einsum of groups",
+        (lambda p, x: sq(torch.einsum("gq,gqk->gk", x, p["K"])), {"K": draw(4, 3, 2)}, (X,), {}),
+    )
     yield "bmm", (lambda p, x: sq(torch.bmm(x, p["K"])), {"K": draw(4, 3, 2)}, (draw(N, 4, 2, 3),), {})
     yield "stacks from the left", (lambda p, x: sq(p["K"] @ x), {"K": draw(4, 2, 3)}, (draw(N, 4, 3, 2),), {})
     yield "broadcast stack", (lambda p, x: sq(x @ p["K"]), {"K": draw(4, 3, 2)}, (draw(N, 2, 3),), {})
@@ -153,41 +162,61 @@ def functions():
     yield "in place", (in_place, {"W": W, "b": b}, (X,), {})
     yield "transposed twice", (lambda p, x: sq(F.linear(x, p["W"].t().mT) + x @ p["W"].T), {"W": W}, (X,), {})
     yield "reshaped", (lambda p, x: sq(x @ p["v"].view(3, 2)), {"v": draw(6)}, (X,), {})
-    yield "reshaped two ways", (
-        lambda p, x: sq(x @ p["v"].view(3, 2)) + sq(F.linear(x, p["v"].reshape(2, 3))),
-        {"v": draw(6)},
-        (X,),
-        {},
+    yield (
+        "reshaped two ways",
+        (
+            lambda p, x: sq(x @ p["v"].view(3, 2)) + sq(F.linear(x, p["v"].reshape(2, 3))),
+            {"v": draw(6)},
+            (X,),
+            {},
+        ),
     )
     yield "sliced", (lambda p, x: sq(x @ p["V"][:, :1] + x @ p["V"][:, 1:] ** 2), {"V": V}, (X,), {})
     yield "two weights", (lambda p, x: sq(x @ (p["V"] @ p["W"])), {"V": V, "W": W}, (X,), {})
     yield "itself", (lambda p, x: sq(p["W"] @ p["W"].T) * x.sum(), {"W": W}, (X,), {})
     yield "cast", (lambda p, x: sq(x @ p["f"].double()), {"f": V.float()}, (X,), {})
-    yield "constant input", (lambda p, x: sq(torch.ones(2, 3).double() @ p["V"] * x.sum()), {"V": V}, (X,), {})
-    yield "rows by number", (
-        lambda p, i: sq(p["E"][i] @ p["V"]),
-        {"E": draw(5, 3), "V": V},
-        (torch.randint(-5, 5, (N, 4)),),
-        {},
+    yield (
+        "constant input",
+        (lambda p, x: sq(torch.ones(2, 3).double() @ p["V"] * x.sum()), {"V": V}, (X,), {}),
+    )
+    yield (
+        "rows by number",
+        (
+            lambda p, i: sq(p["E"][i] @ p["V"]),
+            {"E": draw(5, 3), "V": V},
+            (torch.randint(-5, 5, (N, 4)),),
+            {},
+        ),
     )
     yield "columns by number", (lambda p, i: sq(p["V"].T[i]), {"V": V}, (torch.randint(0, 2, (N, 4)),), {})
     yield "mapped rows", (lambda p, x: sq(torch.func.vmap(lambda r: p["W"] @ r)(x)), {"W": W}, (X,), {})
-    yield "mapped weights", (lambda p, x: sq(torch.func.vmap(lambda w, r: w @ r)(p["K"], x)), {"K": draw(4, 2, 3)}, (X,), {})
-    yield "mapped twice", (
-        lambda p, x: sq(torch.func.vmap(torch.func.vmap(lambda r: F.linear(r, p["W"], p["b"])), in_dims=1)(x)),
-        {"W": W, "b": b},
-        (draw(N, 2, 4, 3),),
-        {},
+    yield (
+        "mapped weights",
+        (lambda p, x: sq(torch.func.vmap(lambda w, r: w @ r)(p["K"], x)), {"K": draw(4, 2, 3)}, (X,), {}),
+    )
+    yield (
+        "mapped twice",
+        (
+            lambda p, x: sq(
+                torch.func.vmap(torch.func.vmap(lambda r: F.linear(r, p["W"], p["b"])), in_dims=1)(x)
+            ),
+            {"W": W, "b": b},
+            (draw(N, 2, 4, 3),),
+            {},
+        ),
     )
     yield "gradient penalty", (penalty, {"V": V}, (X,), {})
     yield "tangent", (tangent, {"V": V}, (X,), {})
     yield "mixed rows", (outer_product, {"V": V}, (X,), {})
     yield "dead", (lambda p, x: sq(x @ p["V"]), {"V": V, "unused": W}, (X,), {})
-    yield "constants", (
-        lambda p, x, t, scale: sq(x @ p["V"]) * scale * t["t"] + p["n"],
-        {"V": V, "n": 3, "none": None, "i": torch.arange(3)},
-        (X, {"t": draw(N)}, 0.5),
-        {},
+    yield (
+        "constants",
+        (
+            lambda p, x, t, scale: sq(x @ p["V"]) * scale * t["t"] + p["n"],
+            {"V": V, "n": 3, "none": None, "i": torch.arange(3)},
+            (X, {"t": draw(N)}, 0.5),
+            {},
+        ),
     )
     yield "nothing of the parameters", (lambda p, x: sq(x), {"V": V}, (X.requires_grad_(False),), {})
 

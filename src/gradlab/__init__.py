@@ -18,6 +18,7 @@ Differentiate with respect to the first argument after `f`; everything after it 
     per_example_norms(loss, params, *batch)   their norms, without forming them
     clipped_grad(loss, params, *batch, max_norm=1.0)   their sum, clipped one by one
     private_grad(loss, params, *batch, ...)   the same with noise; gradlab.privacy accounts for it
+    per_example_statistics, gradient_noise_scale, per_example_gram, per_example_projections, per_example_top_k
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
     rules.norm(x), rules.eigh(A), ...   functions with derivatives right where plain formulas' are not
 
@@ -40,6 +41,13 @@ from gradlab._errors import (
     TooLargeError,
 )
 from gradlab.transforms.custom_rules import custom_jvp, custom_vjp
+from gradlab.transforms.gradient_statistics import (
+    gradient_noise_scale,
+    per_example_gram,
+    per_example_projections,
+    per_example_statistics,
+    per_example_top_k,
+)
 from gradlab.transforms.hessians import (
     ggn_operator,
     ggn_vp,
@@ -79,6 +87,7 @@ __all__ = [
     "functional",
     "ggn_operator",
     "ggn_vp",
+    "gradient_noise_scale",
     "hessian",
     "hessian_diagonal",
     "hessian_operator",
@@ -86,7 +95,11 @@ __all__ = [
     "jacobian",
     "jacobian_operator",
     "per_example_grads",
+    "per_example_gram",
     "per_example_norms",
+    "per_example_projections",
+    "per_example_statistics",
+    "per_example_top_k",
     "private_grad",
     "root",
 ]
@@ -98,4 +111,6 @@ def __getattr__(name: str) -> Any:
         return import_module(f"gradlab.{name}")
     if name == "rules":
         return import_module("gradlab.transforms.rules")
+    if name == "privacy":
+        return import_module("gradlab.transforms.per_example.privacy")
     raise AttributeError(f"module 'gradlab' has no attribute {name!r}")

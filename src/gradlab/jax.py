@@ -1,6 +1,13 @@
 """gradlab's operations bound to jax: jax arrays, equinox modules, and numpy arrays and Python numbers too."""
 
 from gradlab.transforms.custom_rules._jax import custom_jvp, custom_vjp
+from gradlab.transforms.gradient_statistics._jax import (
+    gradient_noise_scale,
+    per_example_gram,
+    per_example_projections,
+    per_example_statistics,
+    per_example_top_k,
+)
 from gradlab.transforms.hessians._jax import (
     ggn_operator,
     ggn_vp,
@@ -29,6 +36,7 @@ __all__ = [
     "functional",
     "ggn_operator",
     "ggn_vp",
+    "gradient_noise_scale",
     "hessian",
     "hessian_diagonal",
     "hessian_operator",
@@ -36,7 +44,11 @@ __all__ = [
     "jacobian",
     "jacobian_operator",
     "per_example_grads",
+    "per_example_gram",
     "per_example_norms",
+    "per_example_projections",
+    "per_example_statistics",
+    "per_example_top_k",
     "private_grad",
     "root",
     "rules",

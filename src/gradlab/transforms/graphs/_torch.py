@@ -128,7 +128,9 @@ def recorded(f: Function, leaves: Leaves, user: Any, gradient: bool, forward: bo
     level = _learned_level(user)
     repair, (outputs, aux) = _run(f, xs, level)
     attached, kinds = survey(outputs, xs)
-    needed = Level.ALL if repair and repair.names and repair.differentiates else repairs_needed(kinds, attached)
+    needed = (
+        Level.ALL if repair and repair.names and repair.differentiates else repairs_needed(kinds, attached)
+    )
     if needed > level:
         _remember(user, needed)
         repair, (outputs, aux) = _run(f, xs, needed)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -165,44 +166,56 @@ class Batched:
         return run(self.op, self.example, self.tree.leaves, arrays)
 
     def in_chunks(
-        self, chunk_size: int | None, of: Callable[[Pass, Any], tuple[Any, Any, Any]]
+        self,
+        chunk_size: int | None,
+        of: Callable[[Pass, Any], tuple[Any, Any, Any]],
+        joined: Callable[[Any, Any], Any] | None = None,
     ) -> tuple[Any, Any, Any]:
         """What `of` gives for passes over at most chunk_size examples, the first of which is number start.
 
-        `of(pass, start)` is (rows, aux, sums): rows and aux are put behind one another, sums are added.
+        `of(pass, start)` is (rows, aux, sums): rows and aux are put behind one another, sums are added, or
+        joined otherwise. Compiled code loops over the whole chunks.
         """
         check_chunk_size(self.op, chunk_size)
+        joined = joined or partial(jax.tree.map, jnp.add)
         chunk = min(chunk_size or self.size, self.size)
-        part = lambda arrays, start: of(self.run(arrays), start)
-        if chunk == self.size:
-            return part(self.arrays, 0)
-        whole = self.size // chunk * chunk
-        parts = []
-        if is_traced([*self.tree.leaves, *self.arrays]):
-            stacked = [x[:whole].reshape(whole // chunk, chunk, *x.shape[1:]) for x in self.arrays]
+        part = lambda start, stop: of(self.run([x[start:stop] for x in self.arrays]), start)
+        parts = [part(0, chunk)]
+        starts = list(range(chunk, self.size, chunk))
+        whole = (self.size - chunk) // chunk  # chunks after the first
+        if whole > 1 and is_traced([*self.tree.leaves, *self.arrays]):
+            behind = [x[chunk : chunk + whole * chunk] for x in self.arrays]
+            stacked = [x.reshape(whole, chunk, *x.shape[1:]) for x in behind]
 
             def step(sums: Any, given: Any) -> Any:
-                rows, aux, more = part(*given)
-                return jax.tree.map(jnp.add, sums, more), (rows, aux)
+                rows, aux, more = of(self.run(given[0]), given[1])
+                return joined(sums, more), (rows, aux)
 
-            starts = jnp.arange(0, whole, chunk)
-            shapes = jax.eval_shape(lambda: part([x[0] for x in stacked], 0)[2])
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            sums, rows = jax.lax.scan(step, zeros, (stacked, starts))
-            parts.append((*jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), rows), sums))
-        else:
-            whole = 0
-        for i in range(whole, self.size, chunk):
-            parts.append(part([x[i : i + chunk] for x in self.arrays], i))
+            rows, aux, sums = parts[0]
+            sums, looped = jax.lax.scan(step, sums, (stacked, jnp.array(starts[:whole])))
+            looped = jax.tree.map(lambda x: x.reshape(whole * chunk, *x.shape[2:]), looped)
+            parts = [(_behind([rows, looped[0]]), _behind([aux, looped[1]]), sums)]
+            starts = starts[whole:]
+        parts += [part(start, start + chunk) for start in starts]
+        if len(parts) == 1:
+            return parts[0]
         rows, aux, sums = zip(*parts, strict=True)
-        behind = lambda trees: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
-        return behind(rows), behind(aux), jax.tree.map(lambda *leaves: sum(leaves), *sums)
+        return _behind(rows), _behind(aux), reduce(joined, sums)
+
+    def chosen(self, indices: Any) -> tuple[Any, ...]:
+        """The batch with these examples alone."""
+        given = list(self.all)
+        for i, x in zip(self.places, self.arrays, strict=True):
+            given[i] = x[indices]
+        return jax.tree.unflatten(self.spec, given)
 
     def norms(self, squares: Leaves, per_leaf: bool) -> Any:
         """(N,), or a tree of it; in the dtype of the parameters."""
         if not per_leaf:
             return root(sum(squares)).astype(self.tree.dtype)
-        return self.tree.like([root(s).astype(w.dtype) for s, w in zip(squares, self.tree.leaves, strict=True)])
+        return self.tree.like(
+            [root(s).astype(w.dtype) for s, w in zip(squares, self.tree.leaves, strict=True)]
+        )
 
     def clipped(
         self, max_norm: Any, clipping: str, mask: Any, chunk_size: int | None
@@ -222,6 +235,10 @@ class Batched:
             return self.tree.like(empty), jnp.zeros(0, self.tree.dtype), None
         squares, aux, sums = self.in_chunks(chunk_size, of)
         return self.tree.like(sums), self.norms(squares, clipping == "per_leaf"), aux
+
+
+def _behind(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
 
 def squared(found: Pass) -> Leaves:

@@ -11,18 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradlab.transforms.per_example.costs import gram_is_cheaper
 from gradlab.transforms.per_example._jax_uses import Rows
 
 Pair = tuple[Any, Any]  # left and right
 
 
 def squared_norms(pairs: Sequence[Pair]) -> Any:
-    """|Σ l rᵀ|² for each example, over all pairs together."""
+    """|Σ l rᵀ|² for each example, over all pairs together, by the Gram matrices of the factors."""
     pairs = joined([(wide(left), wide(right)) for left, right in pairs])
-    T, p, q = sum(right.shape[2] for _, right in pairs), width(pairs[0][0]), pairs[0][1].shape[-1]
-    if not gram_is_cheaper(T, p, q):
-        return jnp.square(sum(formed(*pair) for pair in pairs)).sum((1, 2, 3))
     total = 0.0
     for i, (left, right) in enumerate(pairs):
         for other, other_right in pairs[i:]:
@@ -47,14 +43,6 @@ def dots(a: Any, b: Any) -> Any:
     if isinstance(b, Rows):
         return jnp.take_along_axis(a, b.index[..., None, :], -1)
     return jnp.einsum("ngtp,ngsp->ngts", a, b)
-
-
-def formed(left: Any, right: Any) -> Any:
-    """Σₜ lₜ rₜᵀ for each example and group: (N, G, p, q)."""
-    if isinstance(left, Rows):
-        zeros = jnp.zeros((left.n, right.shape[-1]), right.dtype)
-        return jax.vmap(jax.vmap(lambda i, r: zeros.at[i].add(r)))(left.index, right)
-    return jnp.einsum("ngtp,ngtq->ngpq", left, right)
 
 
 def width(left: Any) -> int:

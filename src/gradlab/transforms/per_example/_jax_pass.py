@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from gradlab._errors import InputError
 from gradlab._typing import Leaves
-from gradlab.transforms.per_example._jax_factors import squared_norms, wide
-from gradlab.transforms.per_example._jax_uses import Use, View, Walk, normalises
+from gradlab.transforms.per_example._jax_factors import squared_norms, wide, width
+from gradlab.transforms.per_example._jax_uses import Rows, Use, View, Walk, normalises
+from gradlab.transforms.per_example.costs import gram_is_cheaper
 from gradlab.transforms.per_example.options import mixing
 
 
@@ -55,35 +56,48 @@ class Pass:
 
     def squares(self, leaf: int) -> Any:
         """The squared norms (N,), by the cheapest form."""
-        pairs = self.pairs(leaf)
-        if pairs is None:
-            rows = wide(self.gradients(leaf)).reshape(self.size, -1)
-            return jnp.square(rows).sum(1)
-        return squared_norms(pairs) if pairs else jnp.zeros(self.size, wide(self.leaves[leaf]).dtype)
+        if self.gram_is_cheaper(leaf):
+            return squared_norms(self.pairs(leaf))
+        return jnp.square(wide(self.gradients(leaf)).reshape(self.size, -1)).sum(1)
 
-    def pairs(self, leaf: int) -> list[Any] | None:
-        """The factors of a leaf; None if they do not describe it, or not in one layout."""
-        if leaf in self.formed:
-            return None
-        found, layouts = [], set()
-        for use, x, dy in self.of(leaf):
-            left, right, layout = only_arrays(use.factors, x, dy)
-            found.append((left, right))
-            layouts.add(layout)
-        return found if len(layouts) <= 1 else None
+    def one_row(self, leaf: int) -> bool:
+        """Whether the leaf's gradient is one product l rᵀ."""
+        if leaf in self.formed or len(self.of(leaf)) != 1:
+            return False
+        ((use, x, dy),) = self.of(leaf)
+        left, right = jax.eval_shape(lambda x, dy: use.factors(x, dy)[:2], _one(x), _one(dy))
+        return not isinstance(left, Rows) and right.shape[:2] == (1, 1)
+
+    def pairs(self, leaf: int) -> list[Any]:
+        """The factors of all examples, of each use of a leaf."""
+        factors = lambda use: lambda x, dy: use.factors(x, dy)[:2]
+        return [jax.vmap(factors(use))(x, dy) for use, x, dy in self.of(leaf)]
+
+    def gram_is_cheaper(self, leaf: int) -> bool:
+        """Whether factors in one layout describe the leaf, and their Gram matrices cost less than their product."""
+        uses = self.of(leaf)
+        if leaf in self.formed or not uses:
+            return False
+        shapes, layouts = [], set()
+        for use, x, dy in uses:
+            layout: list[Any] = []
+            arrays = lambda x, dy, use=use, layout=layout: _noted(use.factors(x, dy), layout)
+            shapes.append(jax.eval_shape(arrays, _one(x), _one(dy)))
+            layouts |= set(layout)
+        left, right = shapes[0]
+        T = sum(right.shape[1] for _, right in shapes)
+        return len(layouts) == 1 and gram_is_cheaper(T, width(left), right.shape[2], right.shape[0])
 
 
-def only_arrays(factors: Callable[..., Any], x: Any, dy: Any) -> Any:
-    """The factors of all examples, with their layout, which is no array."""
-    layouts = []
+def _one(rows: Any) -> Any:
+    return jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype)
 
-    def arrays(x: Any, dy: Any) -> Any:
-        left, right, layout = factors(x, dy)
-        layouts.append(layout)
-        return left, right
 
-    left, right = jax.vmap(arrays)(x, dy)
-    return left, right, layouts[0]
+def _noted(factors: Any, layouts: list[Any]) -> Any:
+    """The arrays among the factors; the layout, which is none, goes into a list."""
+    left, right, layout = factors
+    layouts.append(layout)
+    return left, right
 
 
 def scaled(weights: Any, rows: Any) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,23 +166,36 @@ class Batched:
         return run(self.op, self.example, self.tree.leaves, arrays, self.randomness)
 
     def in_chunks(
-        self, chunk_size: int | None, of: Callable[[Pass, Any], tuple[Any, Any, Any]]
+        self,
+        chunk_size: int | None,
+        of: Callable[[Pass, Any], tuple[Any, Any, Any]],
+        joined: Callable[[Any, Any], Any] | None = None,
     ) -> tuple[Any, Any, Any]:
         """What `of` gives for passes over at most chunk_size examples, the first of which is number start.
 
-        `of(pass, start)` is (rows, aux, sums): rows and aux are put behind one another, sums are added.
+        `of(pass, start)` is (rows, aux, sums): rows and aux are put behind one another, sums are added, or
+        joined otherwise.
         """
         check_chunk_size(self.op, chunk_size)
+        joined = joined or partial(pytree.tree_map, torch.add)
         chunk = min(chunk_size or self.size, self.size)
-        parts = [
-            of(self.run([x[start : start + chunk] for x in self.arrays]), start)
-            for start in range(0, self.size, chunk)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        rows, aux, sums = zip(*parts, strict=True)
-        behind = lambda trees: pytree.tree_map(_behind, trees[0], *trees[1:])
-        return behind(rows), behind(aux), pytree.tree_map(_added, sums[0], *sums[1:])
+        every: list[Any] = []
+        total: Any = None
+        for start in range(0, self.size, chunk):
+            *rows, sums = of(self.run([x[start : start + chunk] for x in self.arrays]), start)
+            total = joined(total, sums) if every else sums
+            every.append(rows)
+        if len(every) == 1:
+            return *every[0], total
+        rows, aux = (pytree.tree_map(_behind, *parts) for parts in zip(*every, strict=True))
+        return rows, aux, total
+
+    def chosen(self, indices: Any) -> tuple[Any, ...]:
+        """The batch with these examples alone."""
+        given = list(self.all)
+        for i, x in zip(self.places, self.arrays, strict=True):
+            given[i] = x[indices]
+        return pytree.tree_unflatten(given, self.spec)
 
     def norms(self, squares: Leaves, per_leaf: bool) -> Any:
         """(N,), or a tree of it; in the dtype of the parameters."""
@@ -213,10 +227,6 @@ class Batched:
 
 def _behind(*leaves: Any) -> Any:
     return torch.cat(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0]
-
-
-def _added(*leaves: Any) -> Any:
-    return sum(leaves[1:], leaves[0])
 
 
 def squared(found: Pass) -> Leaves:

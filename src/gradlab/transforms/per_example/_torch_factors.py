@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from gradlab.transforms.per_example.costs import gram_is_cheaper
-
 Pair = tuple[Any, Any]  # left and right
 
 
@@ -25,13 +23,10 @@ class Rows:
 
 
 def squared_norms(pairs: Sequence[Pair]) -> Any:
-    """|Σ l rᵀ|² for each example, over all pairs together."""
+    """|Σ l rᵀ|² for each example, over all pairs together, by the Gram matrices of the factors."""
     pairs = joined([(wide(left), wide(right)) for left, right in pairs])
-    T, p, q = sum(right.shape[2] for _, right in pairs), width(pairs[0][0]), pairs[0][1].shape[-1]
-    if not gram_is_cheaper(T, p, q):
-        return sum(formed(*pair) for pair in pairs).square().sum((1, 2, 3))
-    if T == 1 and not isinstance(pairs[0][0], Rows):
-        ((left, right),) = pairs
+    left, right = pairs[0]
+    if len(pairs) == 1 and right.shape[2] == 1 and not isinstance(left, Rows):
         return (left.square().sum(-1) * right.square().sum(-1)).sum((1, 2))
     total: Any = 0.0
     for i, (left, right) in enumerate(pairs):
@@ -75,10 +70,6 @@ def formed(left: Any, right: Any) -> Any:
     flat = right.new_zeros(N * G * left.n, q)
     flat = flat.index_add(0, (left.index.reshape(N * G, T) + first).reshape(-1), right.reshape(-1, q))
     return flat.reshape(N, G, left.n, q)
-
-
-def width(left: Any) -> int:
-    return left.n if isinstance(left, Rows) else left.shape[-1]
 
 
 def wide(a: Any) -> Any:

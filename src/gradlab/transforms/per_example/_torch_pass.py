@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from gradlab._typing import Leaves
 from gradlab.transforms.graphs._torch import repairs_needed, requires_grad, survey
 from gradlab.transforms.linearised._torch import tensors_only
-from gradlab.transforms.per_example._torch_factors import squared_norms, wide
+from gradlab.transforms.per_example._torch_factors import Rows, squared_norms, wide
 from gradlab.transforms.per_example._torch_uses import Recorder
+from gradlab.transforms.per_example.costs import gram_is_cheaper
 from gradlab.transforms.repairs._torch import repaired, transforming
 
 Loss = Callable[[Leaves, Sequence[Any]], tuple[Any, Any]]  # leaves and one example -> (loss, aux)
@@ -37,7 +38,9 @@ class Pass:
         return [use for use in self.uses if use.view.leaf == leaf]
 
     def pulled(self, use: Any, rows: Any) -> Any:
-        return use.view.pulled(self.leaves[use.view.leaf], rows, self.again).to(self.leaves[use.view.leaf].dtype)
+        return use.view.pulled(self.leaves[use.view.leaf], rows, self.again).to(
+            self.leaves[use.view.leaf].dtype
+        )
 
     def gradients(self, leaf: int) -> Any:
         """(N, *leaf.shape)."""
@@ -64,20 +67,29 @@ class Pass:
 
     def squares(self, leaf: int) -> Any:
         """The squared norms (N,), by the cheapest form."""
-        pairs = self.pairs(leaf)
-        if pairs:
-            return squared_norms(pairs)
+        if self.gram_is_cheaper(leaf):
+            return squared_norms(self.pairs(leaf))
         return wide(self.gradients(leaf)).reshape(self.size, -1).square().sum(1)
 
-    def pairs(self, leaf: int) -> list[Any] | None:
-        """The factors of a leaf; None if they do not describe it, or not in one layout."""
+    def one_row(self, leaf: int) -> bool:
+        """Whether the leaf's gradient is one product l rᵀ."""
         uses = self.of(leaf)
-        if self.formed[leaf] is not None or any(use.pair is None for use in uses):
-            return None
-        found = [use.pair() for use in uses]
-        if len({layout for *_, layout in found}) > 1:
-            return None
-        return [(left, right) for left, right, _ in found]
+        if self.formed[leaf] is not None or len(uses) != 1 or uses[0].layout is None:
+            return False
+        T, *_, groups = uses[0].sizes
+        return T == groups == 1 and not isinstance(uses[0].pair()[0], Rows)
+
+    def pairs(self, leaf: int) -> list[Any]:
+        """The factors of all examples, of each use of a leaf."""
+        return [use.pair() for use in self.of(leaf)]
+
+    def gram_is_cheaper(self, leaf: int) -> bool:
+        """Whether factors in one layout describe the leaf, and their Gram matrices cost less than their product."""
+        uses = self.of(leaf)
+        if self.formed[leaf] is not None or not uses or any(use.layout is None for use in uses):
+            return False
+        T = sum(use.sizes[0] for use in uses)
+        return len({use.layout for use in uses}) == 1 and gram_is_cheaper(T, *uses[0].sizes[1:])
 
 
 def _like(weights: Any, rows: Any) -> Any:

@@ -72,9 +72,10 @@ class Contraction:
     dy: Any = None
 
     def sides(self) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]:
-        """The factors with their axes of the view, the earlier axis first."""
+        """The factors with their axes of the view, those of the leaf's earlier axis first."""
         _, contracted, free = self.parts
-        if not contracted or (free and min(free) < min(contracted)):
+        place = (self.view.axes or range(self.view.value.ndim)).__getitem__
+        if not contracted or (free and min(map(place, free)) < min(map(place, contracted))):
             return self.dy, self.x, free, contracted
         return self.x, self.dy, contracted, free
 
@@ -95,12 +96,21 @@ class Contraction:
             return rows
         return rows.permute(0, *(1 + order.index(i) for i in range(len(shape))))
 
-    def pair(self) -> tuple[Any, Any, Any]:
+    @property
+    def layout(self) -> Any:
+        """Equal for uses whose factors are along the same axes of the leaf."""
         axes = self.view.axes or tuple(range(self.view.value.ndim))
-        groups, contracted, free = (tuple(axes[i] for i in part) for part in self.parts)
-        if not contracted or (free and min(free) < min(contracted)):
-            return self.dy, self.x, (self.view.steps, groups, free, contracted)
-        return self.x, self.dy, (self.view.steps, groups, contracted, free)
+        parts = (self.parts[0], *self.sides()[2:])
+        return self.view.steps, *(tuple(axes[i] for i in part) for part in parts)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """T, p, q and the number of groups."""
+        left, right, *_ = self.sides()
+        return left.shape[2], left.shape[3], right.shape[3], left.shape[1]
+
+    def pair(self) -> tuple[Any, Any]:
+        return self.sides()[:2]
 
 
 @dataclass
@@ -123,10 +133,30 @@ class Convolution:
         stride, padding, dilation, groups = self.options
         none = [0] * len(stride)
         return aten.convolution_backward(
-            dy, x, self.view.value.detach(), [0], stride, padding, dilation, False, none, groups, [False, True, False]
+            dy,
+            x,
+            self.view.value.detach(),
+            [0],
+            stride,
+            padding,
+            dilation,
+            False,
+            none,
+            groups,
+            [False, True, False],
         )[1]
 
-    def pair(self) -> tuple[Any, Any, Any]:
+    @property
+    def layout(self) -> Any:
+        return self.view.steps, self.view.axes, self.options[-1]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        groups, w = self.options[-1], self.view.value
+        rows = self.dy.shape[1] * math.prod(self.dy.shape[3:])
+        return rows, w.shape[0] // groups, math.prod(w.shape[1:]), groups
+
+    def pair(self) -> tuple[Any, Any]:
         stride, padding, dilation, groups = self.options
         window = self.view.value.shape[2:]
         edges = [p for pad in reversed(padding) for p in (pad, pad)]
@@ -137,8 +167,7 @@ class Convolution:
         out, k = math.prod(x.shape[3 : 3 + len(window)]), math.prod(window)
         right = x.reshape(N, M, groups, C // groups, out, k).permute(0, 2, 1, 4, 3, 5)
         left = self.dy.reshape(N, M, groups, -1, out).permute(0, 2, 1, 4, 3)
-        layout = (self.view.steps, self.view.axes, groups)
-        return left.reshape(N, groups, M * out, -1), right.reshape(N, groups, M * out, -1), layout
+        return left.reshape(N, groups, M * out, -1), right.reshape(N, groups, M * out, -1)
 
 
 @dataclass
@@ -163,9 +192,17 @@ class Lookup:
         flat = flat.index_add(0, self.x.reshape(-1), dy.reshape(-1, dy.shape[-1]))
         return flat.reshape(self.view.value.shape)
 
-    def pair(self) -> tuple[Any, Any, Any]:
+    @property
+    def layout(self) -> Any:
         axes = self.view.axes or tuple(range(self.view.value.ndim))
-        return self.rows(), self.dy, (self.view.steps, (), axes[:1], axes[1:])
+        return self.view.steps, (), axes[:1], axes[1:]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.dy.shape[2], self.view.value.shape[0], self.dy.shape[3], 1
+
+    def pair(self) -> tuple[Any, Any]:
+        return self.rows(), self.dy
 
 
 @dataclass
@@ -182,7 +219,7 @@ class Bias:
     def weighted(self, scale: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor]) -> Tensor:
         return scale(self.dy).sum((0, 1))
 
-    pair = None
+    layout = None  # no factors
 
 
 @dataclass
@@ -251,7 +288,9 @@ class Recorder(TorchFunctionMode):
         if value.requires_grad and value.is_floating_point() and value.numel() == view.value.numel():
             axes, steps = view.axes, view.steps
             if func in PERMUTING and axes is not None and not steps:
-                sizes = func(torch.empty(tuple(range(1, 1 + len(axes))), device="meta"), *args[1:], **kwargs).shape
+                sizes = func(
+                    torch.empty(tuple(range(1, 1 + len(axes))), device="meta"), *args[1:], **kwargs
+                ).shape
                 axes = tuple(axes[size - 1] for size in sizes)
             elif value.shape != view.value.shape or func in PERMUTING:
                 axes, steps = None, (*steps, (func.__name__, repr(args[1:]), repr(kwargs)))
@@ -319,7 +358,9 @@ def settled(y: Any) -> tuple[Any, Arranged]:
     """An output whose place in the graph can be told, and its axes."""
     below = Arranged.of(y)
     raw, base = below.raw, below.raw._base
-    if base is not None and not (raw.numel() == base.numel() and raw.is_contiguous() and base.is_contiguous()):
+    if base is not None and not (
+        raw.numel() == base.numel() and raw.is_contiguous() and base.is_contiguous()
+    ):
         y = y.clone()
         below = Arranged.of(y)
     return y, below
@@ -388,7 +429,12 @@ def matmul(recorder: Recorder, input: Any, other: Any) -> Any:
     right = recorder.view(other) is not None
     x, w = (input, other) if right else (other, input)
     run = lambda w: torch.matmul(input, w) if right else torch.matmul(w, other)
-    if x.ndim == 0 or w.ndim == 0 or w.ndim > 3 or (w.ndim == 3 and (x.ndim != 3 or x.shape[0] != w.shape[0])):
+    if (
+        x.ndim == 0
+        or w.ndim == 0
+        or w.ndim > 3
+        or (w.ndim == 3 and (x.ndim != 3 or x.shape[0] != w.shape[0]))
+    ):
         return NotImplemented
     if w.ndim == 3:
         letters = ("gtq", "gqp", "gtp") if right else ("gqt", "gpq", "gpt")

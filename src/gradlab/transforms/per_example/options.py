@@ -39,15 +39,15 @@ def check_batch(op: str, batch: Sequence[Any], named: Callable[[], Sequence[tupl
 
 
 def check_not_empty(op: str, size: int) -> None:
+    """Refuse a batch without examples."""
     if size == 0:
         raise InputError(f"{op}: the batch is empty; pass at least one example")
 
 
 def check_clipping(op: str, max_norm: Any, clipping: str) -> None:
+    """Refuse a bound that bounds nothing, and an unknown way to clip."""
     if clipping not in get_args(Clipping):
-        raise InputError(
-            f"{op}: unknown clipping {clipping!r}; pass one of {', '.join(get_args(Clipping))}"
-        )
+        raise InputError(f"{op}: unknown clipping {clipping!r}; pass one of {', '.join(get_args(Clipping))}")
     positive_number(op, "max_norm", max_norm)
 
 
@@ -67,6 +67,7 @@ def positive_number(op: str, name: str, value: Any, zero: bool = False) -> None:
 
 
 def check_randomness(op: str, randomness: str) -> None:
+    """Refuse an unknown word."""
     if randomness not in get_args(Randomness):
         raise InputError(
             f"{op}: unknown randomness {randomness!r}; pass one of {', '.join(get_args(Randomness))}"

@@ -49,7 +49,9 @@ def layer(
     time = 1 if batch_first and input.ndim == 3 else 0
     each, directions = 4 if has_biases else 2, 1 + bidirectional
     if len(weights) != each * num_layers * directions:
-        raise NotImplementedError("an LSTM with proj_size has no written-out form here; project its output by a Linear")
+        raise NotImplementedError(
+            "an LSTM with proj_size has no written-out form here; project its output by a Linear"
+        )
     ends: list[Any] = []
     for i in range(num_layers):
         outputs = []
