@@ -31,7 +31,7 @@ def per_example_statistics(
         rows = [found.gradients(i) for i in range(len(found.leaves))]
         means = [x.mean(0) for x in rows]
         squares = [jnp.square(x - m).sum(0) for x, m in zip(rows, means, strict=True)]
-        return None, None, (jnp.asarray(float(found.size), batched.tree.dtype), means, squares)
+        return (), (), (jnp.asarray(float(found.size), batched.tree.dtype), means, squares)
 
     def joined(a: Any, b: Any) -> Any:
         n, m = a[0], b[0]
@@ -65,7 +65,7 @@ def gradient_noise_scale(
 
     def of(found: Pass, start: Any) -> Any:
         ones = jnp.ones(found.size)
-        return None, None, (sum(squared(found)).mean() * found.size / N, [
+        return (), (), (sum(squared(found)).mean() * found.size / N, [
             found.weighted(i, ones) / N for i in range(len(found.leaves))
         ])  # fmt: skip
 
@@ -131,7 +131,7 @@ def per_example_projections(
                     jax.random.fold_in(key, first), (last - first, dimension), total.dtype
                 )
                 total += rows[:, first:last] @ signs
-        return total / dimension**0.5, None, None
+        return total / dimension**0.5, (), ()
 
     chunk = chunk_size or held_at_once(batched.tree.size, batched.size)
     return batched.in_chunks(chunk, of)[0]

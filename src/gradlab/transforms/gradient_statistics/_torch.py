@@ -30,7 +30,7 @@ def per_example_statistics(
         rows = [found.gradients(i) for i in range(len(found.leaves))]
         means = [x.mean(0) for x in rows]
         squares = [(x - m).square().sum(0) for x, m in zip(rows, means, strict=True)]
-        return None, None, (float(found.size), means, squares)
+        return (), (), (float(found.size), means, squares)
 
     def joined(a: Any, b: Any) -> Any:
         n, m = a[0], b[0]
@@ -65,7 +65,7 @@ def gradient_noise_scale(
 
     def of(found: Pass, start: Any) -> Any:
         ones = batched.tree.zeros((found.size,)) + 1
-        return None, None, (sum(squared(found)).mean() * found.size / N, [
+        return (), (), (sum(squared(found)).mean() * found.size / N, [
             found.weighted(i, ones) / N for i in range(len(found.leaves))
         ])  # fmt: skip
 
@@ -127,7 +127,7 @@ def per_example_projections(
             for first, last in blocks(rows.shape[1], dimension):
                 signs = torch.randint(2, (last - first, dimension), generator=draw, device=total.device)
                 total = total + rows[:, first:last] @ (2 * signs - 1).to(rows.dtype)
-        return total / dimension**0.5, None, None
+        return total / dimension**0.5, (), ()
 
     chunk = chunk_size or held_at_once(batched.tree.size, batched.size)
     return batched.in_chunks(chunk, of)[0]

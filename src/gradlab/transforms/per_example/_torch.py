@@ -37,7 +37,7 @@ def per_example_grads(
     """The gradients of one pass, formed from their factors."""
     batched = Batched("per_example_grads", loss, params, batch, has_aux, keep_batch_axis, randomness)
     gradients = lambda found: [found.gradients(i) for i in range(len(found.leaves))]
-    rows, aux, _ = batched.in_chunks(chunk_size, lambda found, start: (gradients(found), found.aux, None))
+    rows, aux, _ = batched.in_chunks(chunk_size, lambda found, start: (gradients(found), found.aux, ()))
     grads = batched.tree.like(rows)
     return (grads, aux) if has_aux else grads
 
@@ -54,7 +54,7 @@ def per_example_norms(
 ) -> Any:
     """Each leaf's squared norms by its cheapest form."""
     batched = Batched("per_example_norms", loss, params, batch, has_aux, keep_batch_axis, randomness)
-    squares, aux, _ = batched.in_chunks(chunk_size, lambda found, start: (squared(found), found.aux, None))
+    squares, aux, _ = batched.in_chunks(chunk_size, lambda found, start: (squared(found), found.aux, ()))
     norms = batched.norms(squares, per_leaf)
     return (norms, aux) if has_aux else norms
 
