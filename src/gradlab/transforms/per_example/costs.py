@@ -8,8 +8,8 @@ from __future__ import annotations
 
 # Nanoseconds a multiplication and addition in small matrix products, and an entry that is written and read again;
 # on one core, fitted by `experiments/per_example_cost.py --preset calibrate` (results/per_example_cost.jsonl).
-PRODUCT = 0.05
-ENTRY = 1.0
+PRODUCT = 0.03
+ENTRY = 0.5
 
 
 def gram(T: int, p: int, q: int, groups: int = 1) -> float:
