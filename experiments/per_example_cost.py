@@ -301,7 +301,9 @@ def flat(framework: str, tree: Any) -> np.ndarray:
 
         leaves = jax.tree.leaves(tree)
     else:
-        leaves = list(tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else [tree])
+        leaves = list(
+            tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else [tree]
+        )
         leaves = [leaf.detach() for leaf in leaves]
     return np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves])
 

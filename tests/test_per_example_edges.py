@@ -404,3 +404,25 @@ def test_a_derivative_inside_the_loss_in_torch():
     for n in range(6):
         v = w.clone().requires_grad_()
         np.testing.assert_allclose(found[n], torch.autograd.grad(loss(v, x[n]), v)[0], rtol=1e-10)
+
+
+def test_autocast_in_torch():
+    """Activations in bfloat16 beside parameters in float32."""
+    torch = pytest.importorskip("torch")
+    gl = load("torch").gl
+    model = torch.nn.Sequential(torch.nn.Conv1d(2, 3, 2), torch.nn.Flatten(0), torch.nn.Linear(9, 1))
+    apply, params = gl.functional(model)
+
+    def loss(p, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return apply(p, x).float().square().sum()
+
+    x = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+    plain = gl.per_example_norms(lambda p, x: apply(p, x).square().sum(), params, x)
+    for call in (
+        lambda: gl.per_example_norms(loss, params, x),
+        lambda: sum(
+            g.flatten(1).square().sum(1) for g in gl.per_example_grads(loss, params, x).values()
+        ).sqrt(),
+    ):
+        assert (call() - plain).abs().max() < 0.05 * plain.max()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ class Pass:
     cotangents: Sequence[Any]
     formed: dict[int, Any]  # (N, *leaf.shape) by the number of the leaf
     size: int
+    rows: dict[int, Any] = field(default_factory=dict)  # gradients that were formed for their norms
 
     def of(self, leaf: int) -> list[tuple[Use, Any, Any]]:
         """The uses of a leaf, with x and the cotangent of y."""
@@ -45,6 +46,8 @@ class Pass:
     def weighted(self, leaf: int, weights: Any) -> Any:
         """Σₙ weightsₙ gradientₙ; an example of weight zero counts for nothing, be it infinite or not a number."""
         w = self.leaves[leaf]
+        if leaf in self.rows:
+            return jnp.tensordot(weights.astype(w.dtype), masked(weights, self.rows[leaf]), 1)
         total = jnp.zeros(w.shape, w.dtype)
         for use, x, dy in self.of(leaf):
             x, dy = masked(weights, x), scaled(weights, dy)
@@ -58,7 +61,8 @@ class Pass:
         """The squared norms (N,), by the cheapest form."""
         if self.gram_is_cheaper(leaf):
             return squared_norms(self.pairs(leaf))
-        return jnp.square(wide(self.gradients(leaf)).reshape(self.size, -1)).sum(1)
+        self.rows[leaf] = self.gradients(leaf)
+        return jnp.square(wide(self.rows[leaf]).reshape(self.size, -1)).sum(1)
 
     def one_row(self, leaf: int) -> bool:
         """Whether the leaf's gradient is one product l rᵀ."""

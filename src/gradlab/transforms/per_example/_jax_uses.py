@@ -99,7 +99,8 @@ class Walk:
         self, equation: Any, inputs: list[Any], views: list[View | None]
     ) -> tuple[list[Any], list[View | None]]:
         """One equation: looked into, recorded, or run as it stands."""
-        name, unseen = equation.primitive.name, [None] * len(equation.outvars)
+        name = equation.primitive.name
+        unseen: list[View | None] = [None] * len(equation.outvars)
         if not any(views):
             return bind(equation, inputs), unseen
         if name in CALLS:
@@ -264,7 +265,7 @@ def normalises(jaxpr: Any, origins: Sequence[Origin]) -> tuple[bool, list[Origin
                 start = equation.params["num_consts"]
                 carry = equation.params["num_carry"]
                 for i, new in enumerate(shown[:carry]):
-                    given[start + i] = tuple(a or b for a, b in zip(given[start + i], new, strict=True))
+                    given[start + i] = (given[start + i][0] or new[0], given[start + i][1] or new[1])
                 inside, shown = normalises(inner, given)
             found = found or inside
             outputs = shown if len(shown) == len(outputs) else outputs

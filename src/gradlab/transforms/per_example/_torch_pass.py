@@ -16,7 +16,7 @@ from gradlab._typing import Leaves
 from gradlab.transforms.graphs._torch import repairs_needed, requires_grad, survey
 from gradlab.transforms.linearised._torch import tensors_only
 from gradlab.transforms.per_example._torch_factors import Rows, squared_norms, wide
-from gradlab.transforms.per_example._torch_uses import Recorder
+from gradlab.transforms.per_example._torch_recorder import Recorder
 from gradlab.transforms.per_example.costs import gram_is_cheaper
 from gradlab.transforms.repairs._torch import repaired, transforming
 
@@ -60,6 +60,9 @@ class Pass:
             return x.masked_fill(_like(weights == 0, x), 0) if lost else x
 
         scale = lambda dy: mask(dy) * _like(weights, dy).to(dy.dtype)
+        if leaf in self.rows:
+            rows = mask(self.rows[leaf])
+            return torch.tensordot(weights.to(rows.dtype), rows, 1)
         parts = [self.pulled(use, use.weighted(scale, mask)) for use in self.of(leaf)]
         if self.formed[leaf] is not None:
             parts.append(scale(self.formed[leaf]).sum(0))
@@ -69,7 +72,8 @@ class Pass:
         """The squared norms (N,), by the cheapest form."""
         if self.gram_is_cheaper(leaf):
             return squared_norms(self.pairs(leaf))
-        return wide(self.gradients(leaf)).reshape(self.size, -1).square().sum(1)
+        self.rows[leaf] = self.gradients(leaf)
+        return wide(self.rows[leaf]).reshape(self.size, -1).square().sum(1)
 
     def one_row(self, leaf: int) -> bool:
         """Whether the leaf's gradient is one product l rᵀ."""
@@ -153,6 +157,9 @@ def recorded(
         if dy is not None:
             use.dy = use.arranged(dy)
             uses.append(use)
+            if hasattr(use, "x") and use.x.is_floating_point() and use.x.dtype != use.dy.dtype:  # autocast
+                use.x = use.x.to(torch.promote_types(use.x.dtype, use.dy.dtype))
+                use.dy = use.dy.to(use.x.dtype)
     if not again:
         aux = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
     return Pass(own, aux, uses, found[len(edges) :], size, again)
