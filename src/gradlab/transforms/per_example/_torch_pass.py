@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Pass:
     formed: Sequence[Any]  # (N, *leaf.shape) or None, one a leaf
     size: int
     again: bool = False  # whether the result can be differentiated again
+    rows: dict[int, Any] = field(default_factory=dict)  # gradients that were formed for their norms
 
     def of(self, leaf: int) -> list[Any]:
         return [use for use in self.uses if use.view.leaf == leaf]
