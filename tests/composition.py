@@ -69,6 +69,11 @@ def cases(fw):
     )
     yield Case("ggn_vp", lambda x: gl.ggn_vp(model, loss, x, v), 3, along)
     yield Case("ggn_operator.matvec", lambda x: gl.ggn_operator(model, loss, x).matvec(v), 3, along)
+    one = lambda x, row: xp.exp(row @ x)
+    lengths = np.diag(np.linalg.norm(B, axis=1))
+    yield Case("per_example_grads", lambda x: gl.per_example_grads(one, x, b), 1, rows)
+    yield Case("per_example_norms", lambda x: gl.per_example_norms(one, x, b), 1, lengths)
+    yield Case("clipped_grad", lambda x: gl.clipped_grad(one, x, b, max_norm=1e9)[0], 1, B)
 
 
 def transforms(fw):

@@ -15,11 +15,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README, re.DOTALL
 CONTRACTS = [
     "gradlab.check",
     "gradlab.transforms.custom_rules",
+    "gradlab.transforms.gradient_statistics",
     "gradlab.transforms.hessians",
     "gradlab.transforms.implicit_functions",
     "gradlab.transforms.jacobians",
     "gradlab.transforms.models",
     "gradlab.transforms.operators",
+    "gradlab.transforms.per_example",
     "gradlab.transforms.rules",
 ]
 
@@ -31,6 +33,8 @@ def printed(code):
 
 
 def needs(text):
+    if "privacy" in text:
+        pytest.importorskip("dp_accounting")
     for framework in ("jax", "torch"):
         if f"import {framework}" in text:
             pytest.importorskip(framework)

@@ -14,7 +14,16 @@ import gradlab.transforms
 from frameworks import FRAMEWORKS
 
 HEAVY = ["jax", "jaxlib", "torch", "equinox", "diffrax", "optax", "matplotlib", "numpy", "scipy"]
-TOPICS = ["custom_rules", "hessians", "implicit_functions", "jacobians", "models", "rules"]
+TOPICS = [
+    "custom_rules",
+    "gradient_statistics",
+    "hessians",
+    "implicit_functions",
+    "jacobians",
+    "models",
+    "per_example",
+    "rules",
+]
 
 
 def python(code):
