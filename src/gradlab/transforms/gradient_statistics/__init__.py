@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gradlab._dispatch import operation
-from gradlab.transforms.per_example.options import Randomness
+from gradlab.transforms.per_example import Randomness
 
 __all__ = [
     "gradient_noise_scale",

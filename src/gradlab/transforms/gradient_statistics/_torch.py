@@ -8,9 +8,9 @@ import torch
 from gradlab._errors import InputError
 from gradlab.transforms.gradient_statistics import NoiseScale, Statistics
 from gradlab.transforms.gradient_statistics.sizes import blocks, check_count, held_at_once
+from gradlab.transforms.per_example import Randomness
 from gradlab.transforms.per_example._torch import Batched, per_example_grads, per_example_norms, squared
 from gradlab.transforms.per_example._torch_pass import Pass
-from gradlab.transforms.per_example.options import Randomness
 
 
 def per_example_statistics(

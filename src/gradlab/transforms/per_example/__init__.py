@@ -6,12 +6,14 @@ Contracts only; `_jax.py` and `_torch.py` implement them in this order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from gradlab._dispatch import operation
-from gradlab.transforms.per_example.options import Clipping, Randomness
 
 __all__ = ["clipped_grad", "per_example_grads", "per_example_norms", "private_grad"]
+
+Clipping = Literal["flat", "per_leaf", "automatic"]
+Randomness = Literal["error", "different", "same"]
 
 
 @operation

@@ -12,11 +12,10 @@ from gradlab._errors import InputError
 from gradlab._typing import Leaves
 from gradlab.transforms.linearised._jax import is_traced
 from gradlab.transforms.operators import check_chunk_size
+from gradlab.transforms.per_example import Clipping, Randomness
 from gradlab.transforms.per_example._jax_pass import Pass, run
 from gradlab.transforms.per_example.options import (
     STABILITY,
-    Clipping,
-    Randomness,
     check_batch,
     check_clipping,
     check_not_empty,

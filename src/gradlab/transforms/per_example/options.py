@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from gradlab._errors import InputError, KindError
+from gradlab.transforms.per_example import Clipping, Randomness
 
-Clipping = Literal["flat", "per_leaf", "automatic"]
-Randomness = Literal["error", "different", "same"]
 STABILITY = 0.01  # of automatic clipping, as in its paper
 
 
