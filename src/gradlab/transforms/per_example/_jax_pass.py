@@ -124,6 +124,8 @@ def run(op: str, f: Callable[..., Any], leaves: Leaves, batch: Sequence[Any]) ->
     try:
         jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(list(leaves), example)
     except NameError as error:
+        if "axis name" not in str(error):
+            raise
         raise InputError(mixing(op, str(error))) from error
     structure: Any = jax.tree.structure(shape)
     views = [View(i, tuple(range(x.ndim))) for i, x in enumerate(leaves)]

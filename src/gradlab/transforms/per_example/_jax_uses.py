@@ -124,7 +124,7 @@ class Walk:
 
 def bind(equation: Any, inputs: Sequence[Any]) -> list[Any]:
     params = equation.primitive.get_bind_params(equation.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)  # apart, until jax 0.9
+    functions, params = params if isinstance(params, tuple) else ((), params)  # apart, in older jax
     with equation.ctx.manager:
         outputs = equation.primitive.bind(*functions, *inputs, **params)
     return list(outputs) if equation.primitive.multiple_results else [outputs]
