@@ -13,7 +13,7 @@ from frameworks import FRAMEWORKS, load
 QUICK = {
     "torch": None,  # all: they are quick
     "jax": {
-        *("conv1d, groups, dilation", "tied", "shared over time", "recurrent scan", "einsum of groups"),
+        *("conv1d, groups, dilation", "tied", "recurrent scan"),
         *("decay", "reshaped two ways", "custom_vjp", "constants"),
     },
 }

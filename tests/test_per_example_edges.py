@@ -97,7 +97,9 @@ def test_facade_and_numpy(fw):
     assert fw.is_array(fw.gl.per_example_norms(loss, params, X, Y))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e200])
+@pytest.mark.parametrize(
+    "value", [np.nan, *(pytest.param(v, marks=pytest.mark.slow) for v in (np.inf, 1e200))]
+)
 def test_an_infinite_example_does_not_poison_the_sum(fw, value):
     loss = lambda p, x, y: ((p["W"] @ x) ** 2).sum() * y
     params, x = {"W": fw.array(W)}, X.copy()
@@ -348,7 +350,7 @@ NORMALISED = {
 }
 
 
-@pytest.mark.parametrize("name", NORMALISED)
+@pytest.mark.parametrize("name", ["rms", pytest.param("layer", marks=pytest.mark.slow)])
 def test_normalised_parameters_in_compiled_float32(name):
     """XLA on a CPU gets jit(vmap(grad)) of these wrong by half; ours is float64's, rounded."""
     jax = pytest.importorskip("jax")

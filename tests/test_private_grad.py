@@ -46,7 +46,9 @@ def test_a_generator_goes_on():
     assert not torch.equal(draw(), draw())
 
 
-@pytest.mark.parametrize("clipping", ["flat", "per_leaf", "automatic"])
+@pytest.mark.parametrize(
+    "clipping", ["flat", *(pytest.param(c, marks=pytest.mark.slow) for c in ("per_leaf", "automatic"))]
+)
 def test_one_example_moves_the_sum_by_at_most_the_bound(fw, clipping):
     params = {"W": fw.array(rng.normal(size=(4, 3))), "v": fw.array(rng.normal(size=4))}
     loss = lambda p, x: fw.xp.tanh(p["W"] @ x) @ p["v"]
