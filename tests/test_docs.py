@@ -19,9 +19,11 @@ CONTRACTS = [
     "gradlab.transforms.hessians",
     "gradlab.transforms.implicit_functions",
     "gradlab.transforms.jacobians",
+    "gradlab.transforms.meta",
     "gradlab.transforms.models",
     "gradlab.transforms.operators",
     "gradlab.transforms.per_example",
+    "gradlab.transforms.optimizers",
     "gradlab.transforms.rules",
 ]
 

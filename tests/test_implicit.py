@@ -395,3 +395,12 @@ def test_half_precision_and_nothing_at_all():
     slope = torch.func.grad(lambda a: solve(torch.ones_like(a), a).sum())(a)
     np.testing.assert_allclose(slope.float(), a.float() ** (-2 / 3) / 3, rtol=2e-2)
     assert solve(torch.ones(0), torch.ones(0)).shape == (0,)
+
+
+def test_a_shared_parameter_under_vmap(fw):
+    """y = (x + a) / 2 for each x, and the same a: the gradient is summed over the batch."""
+    xs = fw.array(np.arange(6.0).reshape(3, 2))
+    closest = lambda x, a: fw.gl.argmin(lambda y: ((y - x) ** 2).sum() + ((y - a) ** 2).sum())(0 * x)
+    total = lambda a: fw.vmap(lambda x: (closest(x, a) ** 2).sum())(xs).sum()
+    slope = fw.grad(total)(fw.array(np.ones(2)))
+    np.testing.assert_allclose(fw.numpy(slope), (np.arange(6.0).reshape(3, 2) / 2 + 0.5).sum(0))

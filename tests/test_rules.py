@@ -545,3 +545,12 @@ def test_the_facade_finds_the_framework(fw):
     assert fw.numpy(gradlab.rules.norm(x)) == 5
     with pytest.raises(gradlab.BackendError, match=r"rules\.norm"):
         gradlab.rules.norm([3.0, 4.0])
+
+
+def test_checkpoint_hands_integers_on(fw):
+    """A counter beside the floats, in and out."""
+    f = lambda carry, k: {"x": carry["x"] ** 2 * k, "n": carry["n"] + 1}
+    n = fw.array(np.array(2))
+    g = lambda x: fw.gl.rules.checkpoint(f, {"x": x, "n": n}, n)
+    assert int(g(fw.array(3.0))["n"]) == 3
+    assert float(fw.grad(lambda x: g(x)["x"])(fw.array(3.0))) == 12.0

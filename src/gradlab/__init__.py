@@ -19,6 +19,10 @@ Differentiate with respect to the first argument after `f`; everything after it 
     clipped_grad(loss, params, *batch, max_norm=1.0)   their sum, clipped one by one
     private_grad(loss, params, *batch, ...)   the same with noise; gradlab.privacy accounts for it
     per_example_statistics, gradient_noise_scale, per_example_gram, per_example_projections, per_example_top_k
+    adapt(loss, params, *data)          params after steps of an optimiser, differentiable
+    meta_grad(inner, outer, params, tasks)  the gradient after adaptation to each task; maml_grad
+    bilevel_grad(inner, outer, meta, params, data)  the gradient in hyperparameters
+    optimizers.sgd(rate), .adam, ...    optimisers as pure functions
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
     rules.norm(x), rules.eigh(A), ...   functions with derivatives right where plain formulas' are not
 
@@ -58,6 +62,14 @@ from gradlab.transforms.hessians import (
 )
 from gradlab.transforms.implicit_functions import argmin, fixed_point, root
 from gradlab.transforms.jacobians import jacobian, jacobian_operator
+from gradlab.transforms.meta import (
+    adapt,
+    bilevel_grad,
+    bilevel_value_and_grad,
+    maml_grad,
+    meta_grad,
+    meta_value_and_grad,
+)
 from gradlab.transforms.models import functional
 from gradlab.transforms.operators import LinearOperator
 from gradlab.transforms.per_example import (
@@ -79,7 +91,10 @@ __all__ = [
     "LinearOperator",
     "StrategyError",
     "TooLargeError",
+    "adapt",
     "argmin",
+    "bilevel_grad",
+    "bilevel_value_and_grad",
     "clipped_grad",
     "custom_jvp",
     "custom_vjp",
@@ -94,6 +109,9 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "maml_grad",
+    "meta_grad",
+    "meta_value_and_grad",
     "per_example_grads",
     "per_example_gram",
     "per_example_norms",
@@ -109,8 +127,8 @@ def __getattr__(name: str) -> Any:
     """The modules of gradlab are imported at their first use."""
     if name in ("bench", "check", "jax", "torch"):
         return import_module(f"gradlab.{name}")
-    if name == "rules":
-        return import_module("gradlab.transforms.rules")
+    if name in ("optimizers", "rules"):
+        return import_module(f"gradlab.transforms.{name}")
     if name == "privacy":
         return import_module("gradlab.transforms.per_example.privacy")
     raise AttributeError(f"module 'gradlab' has no attribute {name!r}")

@@ -18,7 +18,16 @@ from gradlab.transforms.hessians._torch import (
 )
 from gradlab.transforms.implicit_functions._torch import argmin, fixed_point, root
 from gradlab.transforms.jacobians._torch import jacobian, jacobian_operator
+from gradlab.transforms.meta._torch import (
+    adapt,
+    bilevel_grad,
+    bilevel_value_and_grad,
+    maml_grad,
+    meta_grad,
+    meta_value_and_grad,
+)
 from gradlab.transforms.models._torch import functional
+from gradlab.transforms.optimizers import _torch as optimizers
 from gradlab.transforms.per_example._torch import (
     clipped_grad,
     per_example_grads,
@@ -28,7 +37,10 @@ from gradlab.transforms.per_example._torch import (
 from gradlab.transforms.rules import _torch as rules
 
 __all__ = [
+    "adapt",
     "argmin",
+    "bilevel_grad",
+    "bilevel_value_and_grad",
     "clipped_grad",
     "custom_jvp",
     "custom_vjp",
@@ -43,6 +55,10 @@ __all__ = [
     "hvp",
     "jacobian",
     "jacobian_operator",
+    "maml_grad",
+    "meta_grad",
+    "meta_value_and_grad",
+    "optimizers",
     "per_example_grads",
     "per_example_gram",
     "per_example_norms",

@@ -119,7 +119,8 @@ def solution(options: Options, zero: Callable[..., Leaves], find: Callable[..., 
 
         def vanishing(leaves: Leaves, moving: Any) -> Leaves:
             equations, args = eqx.combine(moving, rest)
-            return equations(leaves, args)
+            # Whose tangents are mapped wherever it is: lineax cannot transpose a mapped A with one b.
+            return [r * (1 + 0 * jax.lax.stop_gradient(r)) for r in equations(leaves, args)]
 
         return tree.put(attached(asked, vanishing, moving, held(found)))
 

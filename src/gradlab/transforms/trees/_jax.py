@@ -242,6 +242,17 @@ def refuse_constants(op: str, y: Tree) -> None:
         )
 
 
+def spread(upper: Any, tree: Any) -> list[Any]:
+    """What the upper part of a tree says of each leaf, in the order of the leaves; [] where it does not fit."""
+    found: list[Any] = []
+    try:
+        over = lambda flag, part: found.extend([flag] * len(jax.tree.leaves(part)))
+        jax.tree.map(over, upper, tree, is_leaf=lambda flag: flag is None)
+    except (ValueError, TypeError):
+        return []
+    return found
+
+
 def as_array(leaf: Any, dtype: Any = None) -> Any:
     """A jax array as it stands; anything else converted (jnp.asarray costs a jax array 6 µs)."""
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, dtype)

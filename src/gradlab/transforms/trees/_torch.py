@@ -340,6 +340,21 @@ def _reordered(v: Any, x: Any) -> Any:
     return v
 
 
+def spread(upper: Any, tree: Any) -> list[Any]:
+    """What the upper part of a tree says of each leaf, in the order of the leaves; [] where it does not fit."""
+    if isinstance(upper, dict) and isinstance(tree, dict):
+        pairs = [(upper[key], tree[key]) for key in tree] if set(upper) == set(tree) else []
+    elif isinstance(upper, (list, tuple)):
+        pairs = (
+            list(zip(upper, tree, strict=True))
+            if type(upper) is type(tree) and len(upper) == len(tree)
+            else []
+        )
+    else:
+        return [] if isinstance(upper, dict) else [upper] * len(pytree.tree_leaves(tree))
+    return [flag for pair in pairs for flag in spread(*pair)]
+
+
 def as_tensor(leaf: Any) -> Any:
     """A copy of a numpy array as a tensor, which a later change of the array does not reach; else as it stands."""
     return torch.tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
