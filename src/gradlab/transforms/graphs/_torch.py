@@ -128,3 +128,100 @@ def recorded(f: Function, leaves: Leaves, user: Any, gradient: bool, forward: bo
     level = _learned_level(user)
     repair, (outputs, aux) = _run(f, xs, level)
     attached, kinds = survey(outputs, xs)
+    needed = (
+        Level.ALL if repair and repair.names and repair.differentiates else repairs_needed(kinds, attached)
+    )
+    if needed > level:
+        remember(user, needed)
+        repair, (outputs, aux) = _run(f, xs, needed)
+        attached, kinds = survey(outputs, xs)
+    elif level is Level.TRANSFORMS and repair and repair.plain and not needed:
+        remember(user, Level.NONE)
+    if repair and repair.level >= Level.ALL and repairs_needed(kinds, attached) >= Level.ALL:
+        raise StrategyError(
+            "f calls an operation whose higher derivatives torch gets wrong "
+            f"({', '.join(sorted({kind.__name__ for kind in kinds} & FAULTY))}) below torch's Python functions; "
+            "call it as torch.nn.functional has it"
+        )
+    if forward and repair and not repair.forward:
+        raise NoForwardMode
+    if gradient:
+        if once := _without_a_second(kinds):
+            raise StrategyError(f"f calls {once}, whose backward is marked once_differentiable")
+        outputs = _backward(outputs, xs, None, create_graph=True)
+    return Graph(xs, outputs, aux if attached else _detached(aux), attached, _careful(kinds))
+
+
+def _detached(aux: Any) -> Any:
+    return None if aux is None else pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, aux)
+
+
+@lru_cache(maxsize=256)
+def _careful(kinds: frozenset[type]) -> bool:
+    """Whether one of these operations has a backward that is right only while it records."""
+    return not FIRST_IN_GRAD_MODE.isdisjoint(kind.__name__ for kind in kinds)
+
+
+@lru_cache(maxsize=256)
+def _without_a_second(kinds: frozenset[type]) -> str:
+    """The user's own operations that refuse a second derivative, of which torch.autograd.grad makes zeros."""
+    rules = [kind._forward_cls for kind in kinds if hasattr(kind, "_forward_cls")]
+    marked = [rule for rule in rules if getattr(getattr(rule, "backward", None), "__code__", None) is _ONCE]
+    return ", ".join(sorted(rule.__name__ for rule in marked))
+
+
+@lru_cache(maxsize=256)
+def repairs_needed(kinds: frozenset[type], attached: bool) -> Level:
+    """The repairs that a graph of these operations needs."""
+    names = {kind.__name__ for kind in kinds}
+    if not names.isdisjoint(UNREPAIRABLE):
+        raise StrategyError(
+            f"f runs {', '.join(sorted(names & UNREPAIRABLE))}, whose derivatives torch {torch.__version__} gets "
+            "silently wrong (docs/torch_known_wrong.md); write it in Python, or in terms of other operations"
+        )
+    if "CompiledFunctionBackward" in names:
+        return Level.EAGER
+    if not names.isdisjoint(FAULTY if attached else FAULTY_AT_SECOND):
+        return Level.ALL
+    return Level.NONE if names.isdisjoint(WITHOUT_SECOND) else Level.TRANSFORMS
+
+
+def _run(f: Function, xs: Leaves, level: Level) -> tuple[Repair | None, tuple[Leaves, Any]]:
+    if level is Level.NONE:
+        return None, f(xs)
+    stance = set_stance("force_eager") if level is Level.EAGER else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), stance, Repair(level) as repair:
+        result = f(xs)
+    return repair, result
+
+
+def _learned_level(user: Any) -> Level:
+    try:
+        return _learned.get(user, Level.TRANSFORMS)
+    except TypeError:  # not hashable or not weakly referable: nothing is remembered
+        return Level.TRANSFORMS
+
+
+def remember(user: Any, level: Level) -> None:
+    """Say which repairs a function needs, as far as its graph shows no others."""
+    try:
+        _learned[user] = level
+    except TypeError:
+        return
+
+
+def survey(outputs: Leaves, xs: Leaves) -> tuple[bool, frozenset[type]]:
+    """Whether the graph of `outputs` has leaves other than `xs`, and its kinds of operations."""
+    nodes = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen, ends = {None, *nodes}, []
+    for node in nodes:  # grows meanwhile
+        inputs = node.next_functions
+        if not inputs:
+            ends.append(node)
+        for other, _ in inputs:
+            if other not in seen:
+                seen.add(other)
+                nodes.append(other)
+    own = set(map(id, xs))
+    attached = any(id(getattr(end, "variable", xs[0])) not in own for end in ends)
+    return attached, frozenset(map(type, nodes))
