@@ -470,8 +470,8 @@ def directly(
     tree = tree_at(leaves)
     objective = proximal_loss(plan, inner_loss, tree, support)
     minimum = list(minimised(plan, objective, plan.optimizer_at(assemble(leaves)[0]), tree))
-    found: Any = torch.func.grad_and_value(loss_at, (0, 1))(list(leaves), minimum)
-    (direct, u), loss = found
+    both: Any = torch.func.grad_and_value(loss_at, (0, 1))(list(leaves), minimum)
+    (direct, u), loss = both
     x, residual = adjoint(plan, partial(slope, leaves), tree, minimum, u)
     there, pull = torch.func.vjp(lambda leaves: slope(leaves, minimum), list(leaves))
     gradient = [a - b for a, b in zip(direct, pull(x)[0], strict=True)]
