@@ -473,7 +473,8 @@ def directly(
     both: Any = torch.func.grad_and_value(loss_at, (0, 1))(list(leaves), minimum)
     (direct, u), loss = both
     x, residual = adjoint(plan, partial(slope, leaves), tree, minimum, u)
-    there, pull = torch.func.vjp(lambda leaves: slope(leaves, minimum), list(leaves))
+    pulled: Any = torch.func.vjp(lambda leaves: slope(leaves, minimum), list(leaves))
+    there, pull = pulled
     gradient = [a - b for a, b in zip(direct, pull(x)[0], strict=True)]
     return loss, gradient, {"loss": loss, "residual": residual, "stationarity": norm(there)}
 
