@@ -261,7 +261,9 @@ def main(
     os.environ["JAX_ENABLE_X64"] = str(int(dtype is Dtype.float64))
     rows = measure(framework.value, preset.value, dtype.value, device, seed)
     config = {"framework": framework.value, **config}
-    append(path, {"experiment": "dp_sgd_digits", "config": config, "environment": environment(), "rows": rows})
+    append(
+        path, {"experiment": "dp_sgd_digits", "config": config, "environment": environment(), "rows": rows}
+    )
     show(framework.value, rows)
 
 
