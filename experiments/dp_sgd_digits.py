@@ -120,7 +120,7 @@ def checked(found: Backend, model: str, X: Any, y: Any) -> None:
     alone = lambda p, batch: found.jit(lambda p, x: (found.logits(p, x) ** 2).sum(1))(p, batch)
     check.batch_independent(alone, params, x).raise_if_failed()
     total, _ = found.gl.clipped_grad(found.loss, params, x, t, max_norm=CLIP, keep_batch_axis=True)
-    by_hand = {name: 0.0 for name in params}
+    by_hand = dict.fromkeys(params, 0.0)
     for n in range(8):
         one = found.gl.per_example_grads(found.loss, params, x[n : n + 1], t[n : n + 1], keep_batch_axis=True)
         one = {name: np.asarray(g[0], np.float64) for name, g in one.items()}
