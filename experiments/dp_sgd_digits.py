@@ -116,14 +116,17 @@ def checked(found: Backend, model: str, X: Any, y: Any) -> None:
     """Stop if the loss has a wrong derivative, mixes examples, or the clipped sum is not that of a loop."""
     params = found.arrays(weights(model, 0))
     x, t = X[:8], y[:8]
-    check.derivatives(lambda p: found.loss(p, x, t), params, order=1).raise_if_failed()
+    check.derivatives(lambda p: found.loss(p, x, t), params, order=1, vmap=False).raise_if_failed()
     alone = lambda p, batch: found.jit(lambda p, x: (found.logits(p, x) ** 2).sum(1))(p, batch)
     check.batch_independent(alone, params, x).raise_if_failed()
-    total, _ = found.gl.clipped_grad(found.loss, params, x, t, max_norm=CLIP, keep_batch_axis=True)
-    by_hand = dict.fromkeys(params, 0.0)
+    clipped = lambda p, *batch: found.gl.clipped_grad(
+        found.loss, p, *batch, max_norm=CLIP, keep_batch_axis=True
+    )[0]
+    single = found.jit(lambda p, *batch: found.gl.jacobian(found.loss, p, *batch))
+    total, by_hand = found.jit(clipped)(params, x, t), dict.fromkeys(params, 0.0)
     for n in range(8):
-        one = found.gl.per_example_grads(found.loss, params, x[n : n + 1], t[n : n + 1], keep_batch_axis=True)
-        one = {name: np.asarray(g[0], np.float64) for name, g in one.items()}
+        one = single(params, x[n : n + 1], t[n : n + 1])
+        one = {name: np.asarray(g, np.float64) for name, g in one.items()}
         norm = np.sqrt(sum((g**2).sum() for g in one.values()))
         by_hand = {name: by_hand[name] + g * min(1, CLIP / norm) for name, g in one.items()}
     for name, g in total.items():
