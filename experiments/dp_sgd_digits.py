@@ -116,7 +116,9 @@ def checked(found: Backend, model: str, X: Any, y: Any) -> None:
     """Stop if the loss has a wrong derivative, mixes examples, or the clipped sum is not that of a loop."""
     params = found.arrays(weights(model, 0))
     x, t = X[:8], y[:8]
-    check.derivatives(lambda p: found.loss(p, x, t), params, order=1, vmap=False).raise_if_failed()
+    check.derivatives(
+        lambda p: found.loss(p, x, t), params, order=1, modes="reverse", vmap=False
+    ).raise_if_failed()
     alone = lambda p, batch: found.jit(lambda p, x: (found.logits(p, x) ** 2).sum(1))(p, batch)
     check.batch_independent(alone, params, x).raise_if_failed()
     clipped = lambda p, *batch: found.gl.clipped_grad(
