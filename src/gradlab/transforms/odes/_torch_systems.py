@@ -1,0 +1,148 @@
+"""What is integrated: the user's equation as a function of one flat state, and the equations of its tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from gradlab._errors import InputError, KindError
+from gradlab.transforms.custom_rules._torch_calls import PLAIN
+from gradlab.transforms.implicit_functions._torch_levels import Substituted, looks_at_numbers
+from gradlab.transforms.odes.options import Options
+from gradlab.transforms.trees._torch import Tree
+
+# Parameters are a list of tensors; flags say which of them hold one for each example of a batch.
+
+
+@dataclass(eq=False)
+class Equation:
+    """dy/dt = f(t, y, *args), of the flat state and of the tensors that f is given or closes over."""
+
+    f: Callable[..., Any]
+    tree: Tree
+    put: Callable[[Sequence[Any]], Any]  # the arguments, with these tensors
+    closed: list[Any]  # the tensors that f closes over, the last of the parameters
+
+    def __call__(self, t: Any, y: Any, *params: Any) -> Any:
+        """The flat slope of one example."""
+        own = len(params) - len(self.closed)
+        others = [(x, p) for x, p in zip(self.closed, params[own:], strict=True) if x is not p]
+        with Substituted(*zip(*others, strict=True)) if others else nullcontext():  # type: ignore[arg-type]
+            leaves = self.tree.split(y) if len(self.tree.leaves) > 1 else [y.view(self.tree.leaves[0].shape)]
+            slope = self.f(t, self.tree.put(leaves), *self.put(params[:own]))
+            return self.tree.ravel(self.like(slope))
+
+    def like(self, slope: Any) -> Any:
+        """The leaves of what f returned, if it is like y0."""
+        try:
+            return self.tree.direction(slope, "f's output")
+        except (InputError, KindError) as error:
+            raise type(error)(f"{str(error).rpartition(';')[0]}; return a tree like y0") from None
+
+    def rates(self, t: Any, y: Any, params: Sequence[Any], flags: Sequence[bool]) -> Any:
+        """The slopes of one example, or of a batch: then y is (B, n) and t (B,)."""
+        if y.ndim == 1:
+            return self(t.view(()), y, *params)
+        dims = [0 if flag else None for flag in flags]
+        try:
+            return torch.func.vmap(self, (0, 0, *dims), randomness="same")(t, y, *params)
+        except RuntimeError as error:
+            if not looks_at_numbers(error):
+                raise
+        of = lambda b: [p[b] if flag else p for p, flag in zip(params, flags, strict=True)]
+        return torch.stack([self(t[b], y[b], *of(b)) for b in range(len(y))])
+
+
+@dataclass(eq=False)
+class Tangent:
+    """A system and its derivative: of the state (y, s) and the parameters (p, dp), (f, ∂f/∂y s + ∂f/∂p dp)."""
+
+    inner: Any
+    width: int  # of p
+    moving: Sequence[int]  # those that have a dp
+
+    def rates(self, t: Any, y: Any, params: Sequence[Any], flags: Sequence[bool]) -> Any:
+        """As of an equation."""
+        xs, own = list(params[: self.width]), list(flags[: self.width])
+        vs = list(params[self.width :])
+        for k, (i, flag) in enumerate(zip(self.moving, flags[self.width :], strict=True)):
+            if flag and not own[i]:
+                xs[i], own[i] = xs[i].expand(len(y), *xs[i].shape), True
+            elif own[i] and not flag:
+                vs[k] = vs[k].expand(len(y), *vs[k].shape)
+        y, s = y.chunk(2, -1)
+
+        def run(y: Any, *moved: Any) -> Any:
+            for i, x in zip(self.moving, moved, strict=True):
+                xs[i] = x
+            return self.inner.rates(t, y, xs, own)
+
+        return torch.cat(pushed(run, [y, *(xs[i] for i in self.moving)], [s, *vs]), -1)
+
+
+def pushed(run: Callable[..., Any], xs: list[Any], vs: list[Any]) -> tuple[Any, Any]:
+    """A value and J v as the transposed pullback, by reverse mode alone, which torch has right everywhere."""
+    if torch._C._are_functorch_transforms_active():
+        pulled: Any = torch.func.vjp(run, *xs)
+        k, pull = pulled
+        push: Any = torch.func.vjp(pull, torch.ones_like(k))[1]
+        return k, push(tuple(vs))[0]
+    again = torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *vs))
+    with torch.enable_grad():
+        xs = [x if x.requires_grad else x.detach().requires_grad_() for x in xs]
+        k = run(*xs)
+        u = torch.ones_like(k).requires_grad_()
+        if not k.requires_grad:
+            return k, torch.zeros_like(k)
+        back = torch.autograd.grad(k, xs, u, create_graph=True, materialize_grads=True)
+        some = [(g, v) for g, v in zip(back, vs, strict=True) if g.requires_grad]
+        if not some:
+            return k, torch.zeros_like(k)
+        gs, vs = zip(*some, strict=True)
+        (moved,) = torch.autograd.grad(gs, u, vs, create_graph=again, materialize_grads=True)
+    return (k, moved) if again else (k.detach(), moved.detach())
+
+
+@dataclass(eq=False)
+class Problem:
+    """A system with how it is to be solved; of one example, or of a batch of them with step sizes of their own."""
+
+    system: Any
+    options: Options
+    flags: tuple[bool, ...]  # of the parameters
+    closed: list[Any]  # the tensors that f closes over
+    parts: int = 1  # of the state
+    batch: int | None = None
+    latest: Any = None  # how it was last solved, for the pullback
+
+    def rates(self, t: Any, y: Any, params: Sequence[Any]) -> Any:
+        """The slopes at (t, y)."""
+        t = t.expand(self.batch) if self.batch is not None and t.ndim == 0 else t
+        return self.system.rates(t, y, params, self.flags)
+
+    def own(self, tensor: Any) -> Any:
+        """The closed-over tensor that this one is, as saved by autograd, where it is one; then f need not be told."""
+        if is_functorch_wrapped_tensor(tensor):
+            return tensor
+        same = lambda x: x is tensor or (
+            type(x) in PLAIN
+            and x.data_ptr() == tensor.data_ptr()
+            and x.grad_fn is tensor.grad_fn
+            and (x.shape, x.stride(), x.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        )
+        return next((x for x in self.closed if same(x)), tensor)
+
+    def tangent(self, moving: Sequence[int]) -> Problem:
+        """That of its derivative along a direction in these parameters."""
+        system = Tangent(self.system, len(self.flags), moving)
+        flags = (*self.flags, *(self.flags[i] for i in moving))
+        return replace(self, system=system, flags=flags, parts=2 * self.parts, latest=None)
+
+    def folded(self, size: int, flags: Sequence[bool]) -> Problem:
+        """That of a batch of it."""
+        return replace(self, flags=tuple(flags), batch=size * (self.batch or 1), latest=None)

@@ -1,0 +1,112 @@
+"""How an equation is solved: what was asked for, checked once, and what is said when it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal, NamedTuple, get_args
+
+from gradlab._errors import InputError, KindError
+from gradlab.transforms.odes.tableaux import METHODS, Tableau
+
+Method = Literal["auto", "euler", "midpoint", "bosh3", "rk4", "dopri5", "tsit5", "dopri8", "kvaerno3", "kvaerno5"]
+Adjoint = Literal["auto", "forward", "interpolating"]
+
+
+class Status(IntEnum):
+    """How a solution ended."""
+
+    DONE = 0
+    MAX_STEPS = 1
+    STEP_TOO_SMALL = 2
+    NOT_FINITE = 3
+
+
+class Solution(NamedTuple):
+    """What `odeint` gives.
+
+    Attributes:
+        ys: Tree like y0 with a leading time axis, an entry for each of ts.
+        stats: "evaluations" of f, steps "accepted" and "rejected": whole numbers.
+        status: A number of `Status`.
+    """
+
+    ys: Any
+    stats: dict[str, Any]
+    status: Any
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How the steps of one integration are chosen."""
+
+    tableau: Tableau
+    rtol: float
+    atol: Any  # a number, or one for each entry of the state
+    step_size: float | None
+    max_steps: int
+    parts: int = 1  # of equal size, of a state; each has to be within the tolerances by itself
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `odeint`."""
+
+    method: Method
+    adjoint: Adjoint
+    rtol: Any
+    atol: Any
+    step_size: Any
+    max_steps: int
+    throw: bool
+
+    def __post_init__(self) -> None:
+        for name, kind in (("method", Method), ("adjoint", Adjoint)):
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(
+                    f"odeint: unknown {name} {getattr(self, name)!r}; pass one of {', '.join(get_args(kind))}"
+                )
+        for name in ("rtol", "atol", "step_size"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise KindError(f"odeint: {name} is a {type(value).__name__}; pass a number, or None")
+            if not 0 < value < float("inf"):
+                raise InputError(f"odeint: {name} is {value}; pass a positive number, or None")
+        if not isinstance(self.max_steps, int) or isinstance(self.max_steps, bool):
+            raise KindError(f"odeint: max_steps is a {type(self.max_steps).__name__}; pass a whole number")
+        if self.max_steps < 1:
+            raise InputError(f"odeint: max_steps is {self.max_steps}; pass a positive whole number")
+        if self.step_size is None and self.tableau.embedded is None:
+            raise InputError(
+                f"odeint: {self.method} has no estimate of its error, by which steps are chosen; pass step_size, "
+                "or method='tsit5'"
+            )
+
+    @property
+    def tableau(self) -> Tableau:
+        """Of the method."""
+        return METHODS["tsit5" if self.method == "auto" else self.method]
+
+    def unfinished(self, status: Status, t: float, y: list[float]) -> str:
+        """What is said of a solution that did not reach the last time."""
+        state = ", ".join(f"{x:.6g}" for x in y[:8]) + (", ..." if len(y) > 8 else "")
+        where = f"at t = {t:.9g}, y = [{state}]"
+        if status == Status.MAX_STEPS:
+            return f"odeint: max_steps = {self.max_steps} steps were taken {where}; raise max_steps, or the tolerances"
+        if status == Status.NOT_FINITE:
+            return (
+                f"odeint: f is not finite {where}, or just after it; look at f there, or pass throw=False for "
+                "not-a-number from there on"
+            )
+        return (
+            f"odeint: no step is small enough {where}; the solution may have a singularity, or the tolerances may be "
+            "below the rounding"
+        )
+
+    def tolerance(self, eps: float, parts: int = 1, scales: Any = 1.0) -> Tolerance:
+        """Of arithmetic with this rounding, for a state of parts with absolute tolerances in these scales."""
+        rtol = self.rtol if self.rtol is not None else 1e-6 if eps < 1e-10 else 1e-4
+        atol = (self.atol if self.atol is not None else rtol / 100) * scales
+        return Tolerance(self.tableau, rtol, atol, self.step_size, self.max_steps, parts)
