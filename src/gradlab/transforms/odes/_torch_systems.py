@@ -11,7 +11,6 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradlab._errors import InputError, KindError
-from gradlab.transforms.custom_rules._torch_calls import PLAIN
 from gradlab.transforms.implicit_functions._torch_levels import Substituted, looks_at_numbers
 from gradlab.transforms.odes.options import Options
 from gradlab.transforms.trees._torch import Tree
@@ -130,7 +129,7 @@ class Problem:
         if is_functorch_wrapped_tensor(tensor):
             return tensor
         same = lambda x: x is tensor or (
-            type(x) in PLAIN
+            not is_functorch_wrapped_tensor(x)
             and x.data_ptr() == tensor.data_ptr()
             and x.grad_fn is tensor.grad_fn
             and (x.shape, x.stride(), x.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
