@@ -23,6 +23,7 @@ Differentiate with respect to the first argument after `f`; everything after it 
     meta_grad(inner, outer, params, tasks)  the gradient after adaptation to each task; maml_grad
     bilevel_grad(inner, outer, meta, params, data)  the gradient in hyperparameters
     optimizers.sgd(rate), .adam, ...    optimisers as pure functions
+    odeint(f, y0, ts, *args)            y(ts) of dy/dt = f(t, y, *args), differentiable in y0, ts and args
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
     rules.norm(x), rules.eigh(A), ...   functions with derivatives right where plain formulas' are not
 
@@ -71,6 +72,7 @@ from gradlab.transforms.meta import (
     meta_value_and_grad,
 )
 from gradlab.transforms.models import functional
+from gradlab.transforms.odes import odeint
 from gradlab.transforms.operators import LinearOperator
 from gradlab.transforms.per_example import (
     clipped_grad,
@@ -119,6 +121,7 @@ __all__ = [
     "per_example_statistics",
     "per_example_top_k",
     "private_grad",
+    "odeint",
     "root",
 ]
 

@@ -34,6 +34,7 @@ from gradlab.transforms.per_example._jax import (
     per_example_norms,
     private_grad,
 )
+from gradlab.transforms.odes._jax import odeint
 from gradlab.transforms.rules import _jax as rules
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "per_example_statistics",
     "per_example_top_k",
     "private_grad",
+    "odeint",
     "root",
     "rules",
 ]

@@ -34,6 +34,7 @@ from gradlab.transforms.per_example._torch import (
     per_example_norms,
     private_grad,
 )
+from gradlab.transforms.odes._torch import odeint
 from gradlab.transforms.rules import _torch as rules
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "per_example_statistics",
     "per_example_top_k",
     "private_grad",
+    "odeint",
     "root",
     "rules",
 ]

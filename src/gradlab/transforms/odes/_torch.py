@@ -12,7 +12,7 @@ from gradlab.transforms.custom_rules._torch_levels import closed_over, tracked
 from gradlab.transforms.implicit_functions._torch_levels import Seen
 from gradlab.transforms.odes._torch_rules import Solve
 from gradlab.transforms.odes._torch_systems import Equation, Problem
-from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution
+from gradlab.transforms.odes.options import Method, Options, Solution
 from gradlab.transforms.repairs._torch import Level, Repair, repaired
 from gradlab.transforms.trees._torch import Tree, as_tensors
 
@@ -22,16 +22,15 @@ def odeint(
     y0: Any,
     ts: Any,
     *args: Any,
-    method: Method = "auto",
-    adjoint: Adjoint = "auto",
+    method: Method = "tsit5",
     rtol: float | None = None,
     atol: float | None = None,
     step_size: float | None = None,
-    max_steps: int = 100_000,
+    max_steps: int | None = None,
     throw: bool = True,
 ) -> Solution:
     """Two autograd.Functions that are each other's derivatives, of the system and of those of its tangents."""
-    options = Options(method, adjoint, rtol, atol, step_size, max_steps, throw)
+    options = Options(method, rtol, atol, step_size, 100_000 if max_steps is None else max_steps, throw)
     if not callable(f):
         raise KindError(f"odeint: f is a {type(f).__name__}; pass a function f(t, y, *args)")
     tree = state(y0)
@@ -64,7 +63,9 @@ def state(y0: Any) -> Tree:
     for i, leaf in enumerate(tree.all):
         if i not in tree.places:
             kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise KindError(f"odeint: {tree.leaf_name(i)} is of {kind}; a state is made of floats, so convert it")
+            raise KindError(
+                f"odeint: {tree.leaf_name(i)} is of {kind}; a state is made of floats, so convert it"
+            )
     return tree
 
 
@@ -79,7 +80,9 @@ def times(ts: Any, tree: Tree) -> Any:
     if not isinstance(ts, torch.Tensor):
         ts = torch.as_tensor(ts, dtype=torch.float64)
     if ts.ndim != 1 or len(ts) < 1:
-        raise KindError(f"odeint: ts has shape {tuple(ts.shape)}; pass a vector of times, the first being that of y0")
+        raise KindError(
+            f"odeint: ts has shape {tuple(ts.shape)}; pass a vector of times, the first being that of y0"
+        )
     if ts.is_complex() or ts.dtype == torch.bool:
         raise KindError(f"odeint: ts is of {ts.dtype}; pass times as floats")
     return (ts if ts.is_floating_point() else ts.to(torch.float64)).to(tree.leaves[0].device)

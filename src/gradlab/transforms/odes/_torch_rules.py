@@ -30,7 +30,12 @@ class Solve(torch.autograd.Function):
     def forward(problem: Problem, record: bool, scales: Any, ts: Any, y0: Any, *params: Any) -> Any:
         solved = solve(problem, scales, ts, y0, params, record)
         problem.latest = solved if record else None
-        counts = [np.full_like(solved.status, solved.evaluations), solved.steps, solved.rejected, solved.status]
+        counts = [
+            np.full_like(solved.status, solved.evaluations),
+            solved.steps,
+            solved.rejected,
+            solved.status,
+        ]
         info = torch.from_numpy(np.stack(counts, -1)).to(y0.device)
         return (solved.ys, info) if problem.batch is not None else (solved.ys[0], info[0])
 
@@ -48,7 +53,7 @@ class Solve(torch.autograd.Function):
         wanted = tuple(i for i, need in enumerate(ctx.needs_input_grad[5:]) if need)
         timed = ctx.needs_input_grad[3]
         out = Adjoint.apply(ctx.problem, ctx.latest, timed, wanted, scales, us, ts, y0, *params)
-        grads = [None] * len(params)
+        grads: list[Any] = [None] * len(params)
         for i, g in zip(wanted, out[2:], strict=True):
             grads[i] = g
         return None, None, None, out[0] if timed else None, out[1], *grads
@@ -58,13 +63,13 @@ class Solve(torch.autograd.Function):
         """With forward mode switched on, which torch switches off here: a silent 0 in nests (pytorch#197867)."""
         with _set_fwd_grad_enabled(True):
             scales, ts, y0, *params = without_tangents(ctx.saved_tensors)
-            dts, dy0, *dparams = (None if d is None else materialised(d) for d in (dts, dy0, *dparams))
-            return tangent(ctx.problem, scales, (ts, y0, *params), (dts, dy0, *dparams))[1], None
+            moved = [None if d is None else materialised(d) for d in (dts, dy0, *dparams)]
+            return tangent(ctx.problem, scales, (ts, y0, *params), moved)[1], None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, problem: Problem, record: bool, *tensors: Any) -> Any:
-        folded, tensors = fold(problem, info.batch_size, in_dims[2:], tensors, 3)
-        ys, counts = Solve.apply(folded, record, *tensors)
+        folded, given = fold(problem, info.batch_size, in_dims[2:], tensors, 3)
+        ys, counts = Solve.apply(folded, record, *given)
         return (unfold(problem, info.batch_size, ys), unfold(problem, info.batch_size, counts)), (0, 0)
 
 
@@ -73,7 +78,15 @@ class Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        problem: Problem, solved: Any, timed: bool, wanted: Any, scales: Any, us: Any, ts: Any, y0: Any, *params: Any
+        problem: Problem,
+        solved: Any,
+        timed: bool,
+        wanted: Any,
+        scales: Any,
+        us: Any,
+        ts: Any,
+        y0: Any,
+        *params: Any,
     ) -> Any:
         solved = solved or solve(problem, scales, ts, y0, params, True)
         return pull(problem, solved, timed, wanted, scales, us, ts, params)
@@ -87,7 +100,7 @@ class Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *ws: Any) -> Any:
         scales, us, *primals = ctx.saved_tensors
-        moved = [None] * len(primals)
+        moved: list[Any] = [None] * len(primals)
         moved[0], moved[1] = ws[0] if ctx.timed else None, ws[1]
         for i, w in zip(ctx.wanted, ws[2:], strict=True):
             moved[2 + i] = w
@@ -96,7 +109,8 @@ class Adjoint(torch.autograd.Function):
         def pushed(*some: Any) -> Any:
             return tangent(ctx.problem, scales, put(primals, needs, some), moved)[1]
 
-        value, pullback = torch.func.vjp(pushed, *(primals[i] for i in needs))
+        pulled: Any = torch.func.vjp(pushed, *(primals[i] for i in needs))
+        value, pullback = pulled
         grads = put([None] * len(primals), needs, pullback(us))
         return None, None, None, None, None, value, *grads
 
@@ -112,20 +126,20 @@ class Adjoint(torch.autograd.Function):
             def both(*some: Any) -> Any:
                 return tangent(ctx.problem, scales, put(primals, asked, some), moved)
 
-            _, pullback = torch.func.vjp(both, *(primals[i] for i in asked))
-            out = pullback((dus, us))
+            pulled: Any = torch.func.vjp(both, *(primals[i] for i in asked))
+            out = pulled[1]((dus, us))
             return out if ctx.timed else (us.new_zeros(()), *out)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: Any, problem: Problem, _: Any, timed: bool, wanted: Any, *tensors: Any
     ) -> Any:
-        size, dims, tensors = info.batch_size, list(in_dims[4:]), list(tensors)
+        size, dims, given = info.batch_size, list(in_dims[4:]), list(tensors)
         for i in [*([2] if timed else []), *(4 + i for i in wanted)]:
             if dims[i] is None:  # each example has a cotangent of its own
-                dims[i], tensors[i] = 0, tensors[i].expand(size, *tensors[i].shape)
-        folded, tensors = fold(problem, size, dims, tensors, 4)
-        out = Adjoint.apply(folded, None, timed, wanted, *tensors)
+                dims[i], given[i] = 0, given[i].expand(size, *given[i].shape)
+        folded, given = fold(problem, size, dims, given, 4)
+        out = Adjoint.apply(folded, None, timed, wanted, *given)
         return split_examples(problem, folded, size, timed, wanted, out)
 
 
@@ -158,21 +172,18 @@ def tangent(problem: Problem, scales: Any, primals: Sequence[Any], moved: Sequen
 
 def size(problem: Problem, xs: Sequence[Any], vs: Sequence[Any], moving: Sequence[int]) -> Any:
     """How large a direction is, (1,) or (B, 1): the largest entry, relative where that of the point is above one."""
-    sizes = []
+    total: Any = 0.0
     for x, v, i in zip(xs, vs, [-1, *moving], strict=True):
         ratio = (v / x.abs().clamp(min=1.0)).detach().abs()
-        flag = problem.batch is not None and (i < 0 or problem.flags[i])
-        largest = ratio.reshape(len(ratio), -1).amax(1, keepdim=True) if flag else ratio.amax().view(1) if ratio.numel() else None
-        sizes.append(largest)
-    total = sizes[0]
-    for s in sizes[1:]:
-        total = total if s is None else torch.maximum(total, s.to(total))
-    return torch.where(total > 0, total, 1.0)
+        each = problem.batch is not None and (i < 0 or problem.flags[i])
+        rows = ratio.reshape(len(ratio), -1) if each else ratio.reshape(1, -1)
+        largest = torch.cat([rows, rows.new_zeros(len(rows), 1)], 1).amax(1, keepdim=True).to(xs[0])
+        total = torch.maximum(largest, torch.zeros_like(largest) + total)
+    total = torch.where(total > 0, total, 1.0)
+    return total if problem.batch is not None else total[0]
 
 
-def solve(
-    problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any], record: bool
-) -> Solved:
+def solve(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any], record: bool) -> Solved:
     """The system integrated, of plain tensors."""
     one = problem.batch is None
     y = y0.detach().reshape(problem.batch or 1, -1)
@@ -202,7 +213,9 @@ def checked(ts: np.ndarray) -> np.ndarray:
     """Times that rise or fall throughout."""
     steps = np.diff(ts)
     if not np.isfinite(ts).all() or not ((steps > 0).all(1) | (steps < 0).all(1)).all():
-        raise InputError("odeint: ts is not sorted, or holds a time twice; pass times that rise, or fall, throughout")
+        raise InputError(
+            "odeint: ts is not sorted, or holds a time twice; pass times that rise, or fall, throughout"
+        )
     return ts
 
 
@@ -239,21 +252,23 @@ def pull(
         xs.append(p if original or i in wanted else p.detach())
     leaves = [xs[i] for i in wanted]
 
+    trajectory: Any = solved.trajectory
+
     def field(time: Any, t: Any, a: Any) -> Any:
         with torch.enable_grad():
-            y = solved.trajectory(time).requires_grad_()
+            y = trajectory(time).requires_grad_()
             slope = problem.system.rates(t, y[0] if one else y, xs, flags)
             slope = slope[None] if one else slope
             if not slope.requires_grad:
-                back = [torch.zeros_like(x) for x in (y, *leaves)]
+                back: Any = [torch.zeros_like(x) for x in (y, *leaves)]
             else:
                 back = torch.autograd.grad(slope, (y, *leaves), -a, materialize_grads=True)
         if not leaves:
             return back[0], None
         return back[0], torch.cat([g.reshape(len(a), -1) for g in back[1:]], -1)
 
-    slopes = lambda i: problem.rates(torch.tensor(times[:, i]).to(us), state(i), params)
     state = lambda i: solved.ys[0, i] if one else solved.ys[:, i]
+    slopes = lambda i: problem.rates(torch.tensor(times[:, i]).to(us), state(i), params)
     along = tolerance_backwards(problem, scales, us)
     a, total, last = torch.zeros_like(us[:, 0]), 0.0, us.shape[1] - 1
     dts = torch.zeros_like(us[..., 0])
@@ -310,7 +325,11 @@ def fold(problem: Problem, size: int, dims: Sequence[Any], tensors: Sequence[Any
     moved, flags = [], []
     for k, (x, d) in enumerate(zip(tensors, dims, strict=True)):
         kind = k - first
-        shared = problem.flags[kind] if kind >= 0 else old is not None and (k != first - 2 or x.ndim > 1 + (d is not None))
+        shared = (
+            problem.flags[kind]
+            if kind >= 0
+            else old is not None and (k != first - 2 or x.ndim > 1 + (d is not None))
+        )
         if d is None and not shared and (kind >= 0 or k == first - 2):
             moved.append(x)
             flags.append(False)
@@ -335,7 +354,9 @@ def split_examples(problem: Problem, folded: Problem, size: int, timed: bool, wa
     flags = [problem.flags[i] for i in wanted]
     split = [unfold(problem, size, dy0)]
     for g, shared in zip(grads, flags, strict=True):
-        split.append(unfold(problem, size, g) if shared or problem.batch is None else unfold(problem, size, g).sum(1))
+        split.append(
+            unfold(problem, size, g) if shared or problem.batch is None else unfold(problem, size, g).sum(1)
+        )
     if timed:
         dts = unfold(problem, size, dts)
         return (dts, *split), (0,) * (1 + len(split))

@@ -137,8 +137,8 @@ class Run:
         self.weights = weights(self.tableau, y.dtype, y.device)
         self.shape = B, n = y.shape
         self.one = B == 1
-        self.least, self.most = (min, max) if self.one else (np.minimum, np.maximum)
-        self.every, self.some = (bool, bool) if self.one else (np.all, np.any)
+        pairs: Any = (min, max, bool, bool) if self.one else (np.minimum, np.maximum, np.all, np.any)
+        self.least, self.most, self.every, self.some = pairs
         self.chosen = (lambda mask, a, b: a if mask else b) if self.one else np.where
         self.ts = ts
         self.ahead = ts * np.sign(ts[:, -1:] - ts[:, :1])  # rising
@@ -154,7 +154,8 @@ class Run:
         self.ys = y.new_full((B, ts.shape[1], n), torch.nan)
         self.ys[:, 0] = y
         self.trajectory = Trajectory() if record else None
-        self.integrals = self.Q = None
+        self.integrals: Any = None
+        self.Q: Any = None
         self.slope, self.integrand = first if first is not None else self.at(self.t, y)
         if self.integrand is not None:
             self.Q = y.new_empty(self.tableau.stages, *self.integrand.shape)

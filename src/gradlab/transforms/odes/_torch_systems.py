@@ -31,7 +31,7 @@ class Equation:
         """The flat slope of one example."""
         own = len(params) - len(self.closed)
         others = [(x, p) for x, p in zip(self.closed, params[own:], strict=True) if x is not p]
-        with Substituted(*zip(*others, strict=True)) if others else nullcontext():  # type: ignore[arg-type]
+        with Substituted(*zip(*others, strict=True)) if others else nullcontext():
             leaves = self.tree.split(y) if len(self.tree.leaves) > 1 else [y.view(self.tree.leaves[0].shape)]
             slope = self.f(t, self.tree.put(leaves), *self.put(params[:own]))
             return self.tree.ravel(self.like(slope))
@@ -102,8 +102,8 @@ def pushed(run: Callable[..., Any], xs: list[Any], vs: list[Any]) -> tuple[Any, 
         some = [(g, v) for g, v in zip(back, vs, strict=True) if g.requires_grad]
         if not some:
             return k, torch.zeros_like(k)
-        gs, vs = zip(*some, strict=True)
-        (moved,) = torch.autograd.grad(gs, u, vs, create_graph=again, materialize_grads=True)
+        gs, ds = zip(*some, strict=True)
+        (moved,) = torch.autograd.grad(gs, u, ds, create_graph=again, materialize_grads=True)
     return (k, moved) if again else (k.detach(), moved.detach())
 
 
@@ -128,11 +128,14 @@ class Problem:
         """The closed-over tensor that this one is, as saved by autograd, where it is one; then f need not be told."""
         if is_functorch_wrapped_tensor(tensor):
             return tensor
-        same = lambda x: x is tensor or (
-            not is_functorch_wrapped_tensor(x)
-            and x.data_ptr() == tensor.data_ptr()
-            and x.grad_fn is tensor.grad_fn
-            and (x.shape, x.stride(), x.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        same = lambda x: (
+            x is tensor
+            or (
+                not is_functorch_wrapped_tensor(x)
+                and x.data_ptr() == tensor.data_ptr()
+                and x.grad_fn is tensor.grad_fn
+                and (x.shape, x.stride(), x.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+            )
         )
         return next((x for x in self.closed if same(x)), tensor)
 

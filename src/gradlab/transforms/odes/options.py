@@ -9,8 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from gradlab._errors import InputError, KindError
 from gradlab.transforms.odes.tableaux import METHODS, Tableau
 
-Method = Literal["auto", "euler", "midpoint", "bosh3", "rk4", "dopri5", "tsit5", "dopri8", "kvaerno3", "kvaerno5"]
-Adjoint = Literal["auto", "forward", "interpolating"]
+Method = Literal["euler", "midpoint", "bosh3", "rk4", "dopri5", "tsit5", "dopri8"]
 
 
 class Status(IntEnum):
@@ -53,7 +52,6 @@ class Options:
     """The arguments of `odeint`."""
 
     method: Method
-    adjoint: Adjoint
     rtol: Any
     atol: Any
     step_size: Any
@@ -61,11 +59,10 @@ class Options:
     throw: bool
 
     def __post_init__(self) -> None:
-        for name, kind in (("method", Method), ("adjoint", Adjoint)):
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(
-                    f"odeint: unknown {name} {getattr(self, name)!r}; pass one of {', '.join(get_args(kind))}"
-                )
+        if self.method not in get_args(Method):
+            raise InputError(
+                f"odeint: unknown method {self.method!r}; pass one of {', '.join(get_args(Method))}"
+            )
         for name in ("rtol", "atol", "step_size"):
             value = getattr(self, name)
             if value is None:
@@ -87,7 +84,7 @@ class Options:
     @property
     def tableau(self) -> Tableau:
         """Of the method."""
-        return METHODS["tsit5" if self.method == "auto" else self.method]
+        return METHODS[self.method]
 
     def unfinished(self, status: Status, t: float, y: list[float]) -> str:
         """What is said of a solution that did not reach the last time."""

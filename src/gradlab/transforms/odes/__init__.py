@@ -1,0 +1,90 @@
+"""Ordinary differential equations whose solutions have derivatives in every mode, to every order.
+
+Contracts only; `_jax.py` and `_torch.py` implement them in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gradlab._dispatch import operation
+from gradlab.transforms.odes.options import Method, Solution, Status
+
+__all__ = ["Solution", "Status", "odeint"]
+
+
+@operation
+def odeint(
+    f: Callable[..., Any],
+    y0: Any,
+    ts: Any,
+    *args: Any,
+    method: Method = "tsit5",
+    rtol: float | None = None,
+    atol: float | None = None,
+    step_size: float | None = None,
+    max_steps: int | None = None,
+    throw: bool = True,
+) -> Solution:
+    """The solution of dy/dt = f(t, y, *args), y(ts[0]) = y0, differentiable in y0, ts and args.
+
+    A tangent solves s' = ∂f/∂y s + ∂f/∂args dargs, integrated together with y, and both are kept within the
+    tolerances. A cotangent solves a' = -(∂f/∂y)ᵀ a backwards from ts[-1] by steps of its own, with y from the
+    polynomials of the forward steps; ∫ (∂f/∂args)ᵀ a dt comes beside it. So no derivative is that of steps that were
+    chosen for y alone, which is another one wherever the steps are at the limit of stability. Derivatives of these are
+    the same two of the tangent's equation: any nest of modes, vmap and jit, to any order.
+
+    Args:
+        f: Function `f(t, y, *args)` to a tree like y; t is a scalar. What f closes over is differentiated as its
+            arguments are, a torch.nn.Module's or an equinox module's parameters too.
+        y0: Tree of float arrays.
+        ts: Times (T,), rising or falling throughout; y0 is the state at the first.
+        *args: Trees, whose float arrays are differentiated.
+        method: `"tsit5"` and `"dopri5"` of order 5, `"dopri8"` of order 8 for tight tolerances, `"bosh3"` for loose
+            ones, `"midpoint"`; with fixed steps alone `"rk4"` and `"euler"`. All are explicit: a stiff equation takes
+            as many steps as stability asks for.
+        rtol: Error of a step relative to y, as a root mean square over its entries. None: 1e-6 in float64, 1e-4 in
+            float32.
+        atol: The same, absolute, in units of y. None: rtol / 100. A tangent's is in units of the largest entry of its
+            direction, a cotangent's in those of the largest cotangent.
+        step_size: The size of every step, in units of t; None: chosen by the tolerances.
+        max_steps: The most steps, rejected ones too. None: 4096 in jax, where the backward solution holds
+            memory for all of them, and 100,000 in torch.
+        throw: Whether a solution that does not reach the last time raises; else it is not-a-number from there on, and
+            its status says why.
+
+    Returns:
+        `Solution(ys, stats, status)`: ys a tree like y0 with a leading axis of T times; stats, a dictionary of whole
+        numbers: "evaluations" of f, steps "accepted" and "rejected"; status, a number of `Status` (0: done).
+        Each has a batch axis under vmap, where every example has steps of its own.
+
+    Raises:
+        KindError: y0 holds anything but floats, or args complex numbers.
+        InputError: ts is not sorted or holds a time twice; f returns a tree unlike y0; an option that does not exist.
+        ConvergenceError: max_steps was reached, no step was small enough, or f was not finite; torch names the time
+            and the state. In compiled jax it is jax's own JaxRuntimeError with the same message.
+        BackendError: arrays of both frameworks, or of neither.
+
+    Cost:
+        Evaluations of f: stages - 1 a step (6 of tsit5). A tangent costs about that of one more evaluation with each
+        (torch: three). A cotangent: a pullback of f for each stage of about as many steps backwards; memory of n
+        entries of y: 5 n a step (tsit5).
+
+    Example:
+        >>> import torch
+        >>> from gradlab import odeint
+        >>> at_one = lambda k: odeint(lambda t, y: -k * y, torch.tensor(1.0), torch.tensor([0.0, 1.0])).ys[-1]
+        >>> k = torch.tensor(2.0)  # y = exp(-k t)
+        >>> torch.func.grad(at_one)(k) * torch.exp(k), torch.func.hessian(at_one)(k) * torch.exp(k)
+        (tensor(-1.0000), tensor(1.0000))
+        >>> import jax, jax.numpy as jnp
+        >>> at_one = lambda k: odeint(lambda t, y: -k * y, jnp.array(1.0), jnp.array([0.0, 1.0])).ys[-1]
+        >>> print(f"{jax.grad(at_one)(2.0) * jnp.exp(2.0):.3f}")
+        -1.000
+
+    Source:
+        Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I (1993), II.4-6. Kidger, Chen and Lyons,
+        "Hey, that's not an ODE": faster ODE adjoints via seminorms, ICML 2021, arXiv:2009.09457. Tsitouras (2011),
+        doi:10.1016/j.camwa.2011.06.002.
+    """

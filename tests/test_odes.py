@@ -1,0 +1,268 @@
+"""odeint: closed forms under every nest of modes, steps, trees, closures, and what is refused."""
+
+import numpy as np
+import pytest
+
+import gradlab
+from frameworks import FRAMEWORKS, load
+from gradlab import ConvergenceError, InputError, KindError
+from gradlab.transforms.odes.options import Status
+from gradlab.transforms.odes.tableaux import METHODS
+
+X = np.array([0.3, 0.1, 0.0, 0.7, 2.0, 1.1, 0.7])  # y0, ts, a
+V = np.array([0.3, -0.2, 0.1, 0.2, -0.3, 0.5, 0.4])
+W = np.array([[0.3, -1.2], [0.8, 0.5], [-0.6, 1.1]])
+EXPLICIT = [name for name, tableau in METHODS.items() if not tableau.implicit]
+
+
+def logistic(t, y, a):
+    return a * y * (1 - y)
+
+
+def solved(fw, **options):
+    """x to the states at ts of y' = a y (1 - y)."""
+    options = {"rtol": 1e-10, "atol": 1e-12, "max_steps": 512, **options}
+    return lambda x: fw.gl.odeint(logistic, x[:2], x[2:5], x[5:], **options).ys
+
+
+def exact(fw):
+    def states(x):
+        y0, ts, a = x[:2], x[2:5], x[5:]
+        grown = fw.xp.exp(a * (ts - ts[0])[:, None])
+        return y0 * grown / (1 + y0 * (grown - 1))
+
+    return states
+
+
+def nests(fw, solution):
+    """Every nest of modes to second order, two of the third, and vmap of some."""
+    w, v = fw.array(W), fw.array(V)
+    loss = lambda x: (fw.xp.sin(solution(x)) * w).sum()
+    modes = {"jacrev": fw.jacrev, "jacfwd": fw.jacfwd}
+    pushed = lambda f: lambda x: fw.jvp(f, x, v)
+    runs = {"value": solution, "jvp": pushed(solution), "grad": fw.grad(loss)}
+    runs |= {name: mode(solution) for name, mode in modes.items()}
+    for outer, mode in modes.items():
+        runs |= {f"{outer} of {inner}": mode(other(loss)) for inner, other in modes.items()}
+    runs["jvp of jvp of grad"] = pushed(pushed(fw.grad(loss)))
+    runs["grad of jvp of jvp"] = fw.grad(pushed(pushed(loss)))
+    for name in ("value", "grad", "jacfwd", "jacfwd of jacrev"):
+        runs[f"vmap of {name}"] = over_batch(fw, runs[name])
+    runs["grad of vmap"] = fw.grad(lambda x: over_batch(fw, loss)(x).sum())
+    runs["vmap of vmap"] = over_batch(fw, over_batch(fw, solution))
+    return runs
+
+
+def over_batch(fw, f):
+    """f at three points near x, mapped."""
+    shifts = fw.array(np.outer([0.0, 0.02, -0.05], np.where(V > 0, V, 0)))
+    return lambda x: fw.vmap(lambda d: f(x + d))(shifts)
+
+
+def compare(fw, nest, tolerance=1e-8):
+    x = fw.array(X)
+    found, expected = nests(fw, solved(fw))[nest](x), nests(fw, exact(fw))[nest](x)
+    found, expected = fw.numpy(found), fw.numpy(expected)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max(), nest
+
+
+NESTS = """value, jvp, grad, jacrev, jacfwd, jacrev of jacrev, jacrev of jacfwd, jacfwd of jacrev, jacfwd of jacfwd,
+jvp of jvp of grad, grad of jvp of jvp, vmap of value, vmap of grad, vmap of jacfwd, vmap of jacfwd of jacrev,
+grad of vmap, vmap of vmap""".replace("\n", " ").split(", ")
+QUICK = {
+    "torch": (
+        "value",
+        "jvp",
+        "grad",
+        "jacrev",
+        "jacfwd of jacfwd",
+        "vmap of grad",
+        "grad of vmap",
+        "vmap of vmap",
+    ),
+    "jax": ("grad",),
+}
+
+
+def cells(framework):
+    """Every nest, of which some are among the quick tests."""
+    return [n if n in QUICK[framework] else pytest.param(n, marks=pytest.mark.slow) for n in NESTS]
+
+
+@pytest.mark.parametrize("nest", cells("torch"))
+def test_nests_in_torch(nest):
+    compare(load("torch"), nest)
+
+
+@pytest.mark.parametrize("nest", cells("jax"))
+def test_nests_in_jax(nest):
+    fw = load("jax")
+    x = fw.array(X)
+    found = fw.numpy(fw.compile(nests(fw, solved(fw))[nest])(x))
+    expected = fw.numpy(nests(fw, exact(fw))[nest](x))
+    assert np.abs(found - expected).max() <= 1e-8 * np.abs(expected).max()
+
+
+def test_a_wrong_derivative_is_seen(monkeypatch):
+    """The nests would show a tangent that is off by 1e-7 of itself."""
+    from gradlab.transforms.odes import _torch_rules
+
+    right = _torch_rules.tangent
+
+    def wrong(*args):
+        ys, s = right(*args)
+        return ys, s * (1 + 1e-7)
+
+    monkeypatch.setattr(_torch_rules, "tangent", wrong)
+    for nest in ("jvp", "jacfwd of jacrev"):
+        with pytest.raises(AssertionError):
+            compare(load("torch"), nest)
+
+
+def test_backwards_in_time(fw):
+    back = fw.array([2.0, 0.5, 0.0])
+    ys = fw.gl.odeint(lambda t, y: -y + t, fw.array([1.0]), back, rtol=1e-10, atol=1e-12).ys
+    expected = np.array([2.0, 0.5, 0.0])
+    expected = (expected - 1)[:, None] + (1.0 - 1.0) * np.exp(2.0 - expected)[:, None]
+    assert np.allclose(fw.numpy(ys), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", EXPLICIT)
+def test_fixed_steps_are_those_of_diffrax(method):
+    fw, other = load("torch"), load("jax")
+    run = lambda fw: fw.numpy(
+        fw.gl.odeint(
+            lambda t, y, a: a * y * (1 - y) + 0.1 * fw.xp.sin(3 * t),
+            fw.array(X[:2]),
+            fw.array([0.0, 0.8, 1.6]),
+            fw.array(X[5:]),
+            method=method,
+            step_size=0.1,
+        ).ys
+    )
+    assert np.allclose(run(fw), run(other), rtol=4e-15, atol=0)
+
+
+@pytest.mark.parametrize("method", EXPLICIT)
+def test_order_of_convergence(method):
+    fw, order = load("torch"), METHODS[method].order
+    sizes = np.array([0.5, 0.25] if method == "dopri8" else [0.1, 0.05])
+    errors = []
+    for size in sizes:
+        ts = fw.array([0.0, 4.0])
+        ys = fw.gl.odeint(logistic, fw.array(X[:2]), ts, fw.array(X[5:]), method=method, step_size=size).ys
+        grown = np.exp(X[5:] * 4)
+        errors.append(np.abs(fw.numpy(ys)[-1] - X[:2] * grown / (1 + X[:2] * (grown - 1))).max())
+    assert np.log2(errors[0] / errors[1]) > order - 0.2
+
+
+def test_trees_and_stats(fw):
+    y0 = {"a": fw.array([1.0, 2.0]), "b": fw.array([[0.5]])}
+    f = lambda t, y, k: {"a": -k["rate"] * y["a"], "b": y["b"] * y["a"].sum()}
+    rate = lambda r: fw.gl.odeint(
+        f, y0, fw.array([0.0, 1.0]), {"rate": r, "name": "k"}, rtol=1e-9, atol=1e-11
+    )
+    solution = rate(fw.array(0.5))
+    assert fw.numpy(solution.ys["a"]).shape == (2, 2)
+    assert np.allclose(fw.numpy(solution.ys["a"])[1], [np.exp(-0.5), 2 * np.exp(-0.5)], rtol=1e-8)
+    grown = 0.5 * np.exp(3 * (1 - np.exp(-0.5)) / 0.5)
+    assert np.allclose(fw.numpy(solution.ys["b"])[1], grown, rtol=1e-8)
+    assert int(solution.status) == Status.DONE
+    assert int(solution.stats["evaluations"]) > 6 * int(solution.stats["accepted"]) > 0
+
+
+def test_closures(fw):
+    def last(k, k_inside):
+        f = (lambda t, y: -k * y) if k_inside else (lambda t, y, k: -k * y)
+        args = () if k_inside else (k,)
+        return fw.gl.odeint(f, fw.array(1.0), fw.array([0.0, 1.0]), *args, rtol=1e-9, atol=1e-11).ys[-1]
+
+    for inside in (True, False):
+        assert np.isclose(float(fw.grad(lambda k: last(k, inside))(fw.array(0.5))), -np.exp(-0.5), rtol=1e-8)
+
+
+def test_parameters_of_a_module():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 2, dtype=torch.float64)
+    y0, ts = torch.ones(3, 2, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    loss = lambda f, *args: (
+        load("torch").gl.odeint(f, y0, ts, *args, rtol=1e-9, atol=1e-11).ys[-1] ** 2
+    ).sum()
+    named = {name: p.detach() for name, p in net.named_parameters()}
+    given = torch.func.grad(
+        lambda params: loss(lambda t, y, p: torch.func.functional_call(net, p, (y,)), params)
+    )(named)
+    first = torch.autograd.grad(loss(lambda t, y: net(y)), list(net.parameters()), create_graph=True)
+    for g, (name, p) in zip(first, net.named_parameters(), strict=True):
+        assert torch.allclose(g, given[name], rtol=1e-8)
+        assert p.grad is None
+    again = torch.autograd.grad(sum((g**2).sum() for g in first), list(net.parameters()))
+    size = lambda params: sum(
+        (g**2).sum()
+        for g in torch.func.grad(lambda p: loss(lambda t, y, p: torch.func.functional_call(net, p, (y,)), p))(
+            params
+        ).values()
+    )
+    for g, expected in zip(again, torch.func.grad(size)(named).values(), strict=True):
+        assert torch.allclose(g, expected, rtol=1e-7)
+
+
+def test_what_is_refused(fw):
+    one, ts = fw.array([1.0]), fw.array([0.0, 1.0])
+    decay = lambda t, y: -y
+    run = lambda f=decay, y0=one, ts=ts, *args, **options: gradlab.odeint(f, y0, ts, *args, **options)
+    for times in ([0.0, 1.0, 1.0], [0.0, 2.0, 1.0], [0.0, np.nan]):
+        with pytest.raises(InputError, match="not sorted"):
+            run(ts=fw.array(times))
+    with pytest.raises(InputError, match="unknown method 'rk45'; pass one of euler"):
+        run(method="rk45")
+    with pytest.raises(InputError, match="rk4 has no estimate of its error.*step_size"):
+        run(method="rk4")
+    with pytest.raises(InputError, match="rtol is -1"):
+        run(rtol=-1)
+    with pytest.raises(KindError, match="f is a str"):
+        run("decay")
+    with pytest.raises(KindError, match=r"y0\['n'\] is of .*int.*convert it"):
+        run(lambda t, y: y, {"n": fw.array([1]), "x": one})
+    with pytest.raises(KindError, match="ts has shape"):
+        run(ts=fw.array(1.0))
+    with pytest.raises(InputError, match="(?s)f's output has the structure.*return a tree like y0"):
+        run(lambda t, y: (y, y))
+    with pytest.raises(InputError, match="f's output has shape.*return a tree like y0"):
+        run(lambda t, y: y[None])
+
+
+def test_what_does_not_finish(fw):
+    blows_up = lambda t, y: y**2  # y = 1 / (1 - t)
+    one, ts = fw.array([1.0]), fw.array([0.0, 0.5, 2.0])
+    with pytest.raises(ConvergenceError, match="odeint: "):
+        gradlab.odeint(blows_up, one, ts)
+    with pytest.raises(ConvergenceError, match="max_steps = 3"):
+        gradlab.odeint(lambda t, y: -y, one, ts, max_steps=3, rtol=1e-9)
+    solution = gradlab.odeint(blows_up, one, ts, throw=False)
+    assert int(solution.status) != Status.DONE
+    ys = fw.numpy(solution.ys)
+    assert np.allclose(ys[:2, 0], [1.0, 2.0], rtol=1e-4)
+    assert np.isnan(ys[2]).all()
+
+
+def test_not_a_number_is_named_in_torch():
+    fw = load("torch")
+    f = lambda t, y: fw.xp.log(y)
+    with pytest.raises(ConvergenceError, match=r"f is not finite at t = 0, y = \[-1\]"):
+        fw.gl.odeint(f, fw.array([-1.0]), fw.array([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_examples_have_steps_of_their_own(framework):
+    fw = load(framework)
+    rates = fw.array([0.1, 1.0, 30.0])
+    run = lambda k: fw.gl.odeint(
+        lambda t, y: -k * y, fw.array([1.0]), fw.array([0.0, 1.0]), rtol=1e-8, atol=1e-8
+    )
+    many = fw.vmap(lambda k: run(k)[1]["accepted"])(rates)
+    alone = [int(run(k).stats["accepted"]) for k in rates]
+    assert [int(n) for n in many] == alone
+    assert len(set(alone)) == 3
