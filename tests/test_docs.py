@@ -21,6 +21,7 @@ CONTRACTS = [
     "gradlab.transforms.jacobians",
     "gradlab.transforms.meta",
     "gradlab.transforms.models",
+    "gradlab.transforms.odes",
     "gradlab.transforms.operators",
     "gradlab.transforms.per_example",
     "gradlab.transforms.optimizers",

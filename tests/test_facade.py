@@ -27,6 +27,7 @@ TOPICS = [
     "rules",
 ]
 LIBRARIES = ["optimizers", "rules"]  # namespaces of their own
+TOPICS = ["custom_rules", "hessians", "implicit_functions", "jacobians", "models", "odes", "rules"]
 
 
 def python(code):

@@ -218,7 +218,7 @@ def test_what_is_refused(fw):
             run(ts=fw.array(times))
     with pytest.raises(InputError, match="unknown method 'rk45'; pass one of euler"):
         run(method="rk45")
-    with pytest.raises(InputError, match="rk4 has no estimate of its error.*step_size"):
+    with pytest.raises(InputError, match=r"rk4 has no estimate of its error.*step_size"):
         run(method="rk4")
     with pytest.raises(InputError, match="rtol is -1"):
         run(rtol=-1)
@@ -228,9 +228,9 @@ def test_what_is_refused(fw):
         run(lambda t, y: y, {"n": fw.array([1]), "x": one})
     with pytest.raises(KindError, match="ts has shape"):
         run(ts=fw.array(1.0))
-    with pytest.raises(InputError, match="(?s)f's output has the structure.*return a tree like y0"):
+    with pytest.raises(InputError, match=r"(?s)f's output has the structure.*return a tree like y0"):
         run(lambda t, y: (y, y))
-    with pytest.raises(InputError, match="f's output has shape.*return a tree like y0"):
+    with pytest.raises(InputError, match=r"f's output has shape.*return a tree like y0"):
         run(lambda t, y: y[None])
 
 

@@ -39,9 +39,9 @@ def odeint(
     moving, rest = eqx.partition((f, args), eqx.is_inexact_array)
     arrays, static = eqx.partition(rest, eqx.is_array)
 
-    leaves, spec = jax.tree.flatten(static)
-    problem = Problem(Equation(tree.spec, tuple(leaves), spec), options)
-    ys, counts, status = solve(problem, ts, tree.leaves, moving, arrays)
+    (params, kind), (constants, rest) = jax.tree.flatten(moving), jax.tree.flatten(static)
+    problem = Problem(Equation(tree.spec, kind, tuple(constants), rest), options)
+    ys, counts, status = solve(problem, ts, tree.leaves, params, arrays)
     ys, status = finished(options, ys, status)
     return Solution(tree.put(ys), counts, status)
 

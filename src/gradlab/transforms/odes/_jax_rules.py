@@ -27,12 +27,13 @@ class Equation:
     """dy/dt = f(t, y, *args) of the leaves of y; equal where f is the same, so that compiled code is used again."""
 
     state: Any  # the structure of y
+    moving: Any  # the structure of (f, args) with its float arrays, which are the parameters
     static: tuple[Any, ...]  # what f and args hold beside arrays
-    spec: Any
+    rest: Any  # and the structure of that
 
     def __call__(self, t: Any, y: Any, params: Any, arrays: Any) -> Any:
-        static = jax.tree.unflatten(self.spec, self.static)
-        f, args = eqx.combine(params, arrays, static)
+        static = jax.tree.unflatten(self.rest, self.static)
+        f, args = eqx.combine(jax.tree.unflatten(self.moving, params), arrays, static)
         return jax.tree.leaves(f(t, jax.tree.unflatten(self.state, y), *args))
 
 
@@ -66,7 +67,7 @@ class Backward:
     def __call__(self, t: Any, both: Any, args: Any) -> Any:
         found, params, arrays = args
         _, pull = jax.vjp(lambda y, p: self.field(t, y, p, arrays), found.evaluate(t), params)
-        return jax.tree.map(jnp.negative, pull(both[0]))
+        return jax.tree.map(jnp.negative, pull(both[0])[: len(both)])
 
 
 @dataclass(frozen=True)
@@ -127,22 +128,23 @@ def adjoint(problem: Problem, us: Any, ts: Any, y0: Any, params: Any, arrays: An
     found = integrate(problem, ts[0], ts[-1], y0, (params, arrays), dfx.SaveAt(ts=ts, dense=True))
 
     def back(carry: Any, step: Any) -> Any:
-        a, total = carry
         u, y, start, end = step
-        a = jax.tree.map(jnp.add, a, u)
+        a = jax.tree.map(jnp.add, carry[0], u)
         slope = problem.field(start, y, params, arrays)
         back = Backward(problem.field)
-        gone = integrate(problem, start, end, (a, total), (found, params, arrays), dfx.SaveAt(t1=True), back)
+        gone = integrate(
+            problem, start, end, (a, *carry[1:]), (found, params, arrays), dfx.SaveAt(t1=True), back
+        )
         return jax.tree.map(lambda x: x[0], gone.ys), dot(u, slope)
 
-    zeros = jax.tree.map(jnp.zeros_like, (y0, params))
+    zeros = jax.tree.map(jnp.zeros_like, (y0, params) if jax.tree.leaves(params) else (y0,))
     at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
     steps = at(us, slice(1, None)), at(found.ys, slice(1, None)), ts[1:], ts[:-1]
-    (a, total), later = jax.lax.scan(back, zeros, steps, reverse=True)
+    (a, *total), later = jax.lax.scan(back, zeros, steps, reverse=True)
     first = -dot(a, problem.field(ts[0], y0, params, arrays))
     dts = jnp.concatenate([first[None], later]).astype(ts.dtype)
     dy0 = jax.tree.map(jnp.add, a, at(us, 0))
-    return jax.tree.map(lambda x: unit.astype(x.dtype) * x, (dts, dy0, total))
+    return jax.tree.map(lambda x: unit.astype(x.dtype) * x, (dts, dy0, total[0] if total else params))
 
 
 @adjoint.defjvp

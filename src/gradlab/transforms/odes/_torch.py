@@ -17,6 +17,7 @@ from gradlab.transforms.repairs._torch import Level, Repair, repaired
 from gradlab.transforms.trees._torch import Tree, as_tensors
 
 
+@torch.compiler.disable  # the number of steps depends on the numbers
 def odeint(
     f: Callable[..., Any],
     y0: Any,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from gradlab._errors import InputError, KindError
-from gradlab.transforms.odes.tableaux import METHODS, Tableau
+
+if TYPE_CHECKING:
+    from gradlab.transforms.odes.tableaux import Tableau
 
 Method = Literal["euler", "midpoint", "bosh3", "rk4", "dopri5", "tsit5", "dopri8"]
 
@@ -83,7 +85,9 @@ class Options:
 
     @property
     def tableau(self) -> Tableau:
-        """Of the method."""
+        """Of the method; imported at the first use."""
+        from gradlab.transforms.odes.tableaux import METHODS
+
         return METHODS[self.method]
 
     def unfinished(self, status: Status, t: float, y: list[float]) -> str:
