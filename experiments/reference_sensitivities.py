@@ -1,6 +1,6 @@
 """What are the derivatives of well-known initial value problems, to ten digits and more?
 
-    python experiments/reference_sensitivities.py [--out src/gradlab/bench/ode_references.json]
+    python experiments/reference_sensitivities.py [--out src/gradlab/bench/ode_references.json] [--only NAME,NAME]
 
 The variational equations of every problem in gradlab.bench.ode_problems, S' = J S + ∂f/∂p with S in units of
 1 / p, by SciPy at a tolerance of 1e-12 (DOP853, or Radau where stiff), with Jacobians by complex steps.
@@ -70,12 +70,13 @@ def sensitivities(e: Equation, method: str, tolerance: float) -> dict[str, np.nd
     return {"y": z[:n], "dy0": S[:, :n], "dp": S[:, n:] / p}
 
 
-def main(out: Path = Path("src/gradlab/bench/ode_references.json")) -> None:
-    """Make the references, check them, write them."""
+def main(out: Path = Path("src/gradlab/bench/ode_references.json"), only: str = "") -> None:
+    """Make the references, check them, write them; of some problems alone, named with commas between."""
     screen = console()
     table = Table("problem", "by", "largest |∂y/∂y0|", "difference")
-    references = {}
-    for e in track(EQUATIONS.values(), console=screen, transient=True):
+    references = json.loads(out.read_text()) if out.exists() else {}
+    chosen = [EQUATIONS[name] for name in only.split(",") if name] or list(EQUATIONS.values())
+    for e in track(chosen, console=screen, transient=True):
         method = "Radau" if e.stiff else "DOP853"
         found, other = sensitivities(e, method, 1e-12), sensitivities(e, "LSODA", 1e-11)
         apart = max(np.abs(found[k] - other[k]).max() / np.abs(found[k]).max() for k in found)
@@ -84,7 +85,7 @@ def main(out: Path = Path("src/gradlab/bench/ode_references.json")) -> None:
             screen.print(table)
             raise SystemExit(f"{e.name}: two methods differ by {apart:.1e}")
         references[e.name] = {name: value.tolist() for name, value in found.items()}
-    out.write_text(json.dumps(references, indent=1) + "\n")
+        out.write_text(json.dumps(references, indent=1) + "\n")
     screen.print(table)
 
 

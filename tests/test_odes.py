@@ -6,6 +6,7 @@ import pytest
 import gradlab
 from frameworks import FRAMEWORKS, load
 from gradlab import ConvergenceError, InputError, KindError
+from gradlab.bench.ode_problems import EQUATIONS
 from gradlab.transforms.odes.options import Status
 from gradlab.transforms.odes.tableaux import METHODS
 
@@ -118,6 +119,38 @@ def test_a_wrong_derivative_is_seen(monkeypatch):
     for nest in ("jvp", "jacfwd of jacrev"):
         with pytest.raises(AssertionError):
             compare(load("torch"), nest)
+
+
+QUICK_ERRORS = {("torch", "lotka_volterra"), ("torch", "lorenz")}
+
+
+@pytest.mark.parametrize(
+    ("framework", "name"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK_ERRORS else pytest.mark.slow)
+        for framework in FRAMEWORKS
+        for name in ("linear", "lotka_volterra", "lorenz", "van_der_pol_1", "van_der_pol_10")
+        for pair in [(framework, name)]
+    ],
+)
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
+def test_error_of_a_gradient(framework, name, tolerance):
+    """At most 100 times the tolerance, against SciPy's variational equations at 1e-12."""
+    fw, equation = load(framework), EQUATIONS[name]
+    reference, n = equation.reference(), len(equation.y0)
+    weights = np.linspace(1, 2, n)
+    options = {"rtol": tolerance, "atol": tolerance, "max_steps": 20_000}
+
+    def loss(x):
+        f = lambda t, y, p: fw.xp.stack(equation.f(t, y, p))
+        ys = fw.gl.odeint(f, x[:n], fw.array([0.0, equation.end]), x[n:], **options).ys
+        return (ys[-1] * fw.array(weights)).sum()
+
+    found = fw.numpy(fw.grad(loss)(fw.array([*equation.y0, *equation.p])))
+    for part, unit, key in ((found[:n], 1.0, "dy0"), (found[n:], np.array(equation.p), "dp")):
+        expected = weights @ reference[key]
+        off = np.linalg.norm((part - expected) * unit) / np.linalg.norm(expected * unit)
+        assert off <= 100 * tolerance, key
 
 
 def test_backwards_in_time(fw):

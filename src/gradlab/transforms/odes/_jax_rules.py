@@ -192,7 +192,8 @@ def integrate(problem: Problem, t0: Any, t1: Any, y0: Any, args: Any, saveat: An
     """By diffrax; backwards, with a field of its own, the state is (a, integrals) and a alone is controlled."""
     options = problem.options
     first = jax.tree.leaves(y0)[0]
-    tolerance = options.tolerance(float(jnp.finfo(first.dtype).eps))
+    eps = float(jnp.finfo(first.dtype).eps)
+    tolerance = options.tolerance(eps, recorded=saveat.dense, backward=back is not None)
     dt0: Any = None
     controller: Any
     if tolerance.step_size is None:

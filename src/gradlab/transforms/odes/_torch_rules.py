@@ -194,19 +194,19 @@ def solve(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any]
         slope = problem.rates(t, y[0] if one else y, params)
         return (slope[None] if one else slope), None
 
-    solved = integrate(field, times, y, tolerance(problem, scales, y), record)
+    solved = integrate(field, times, y, tolerance(problem, scales, y, record), record)
     if problem.options.throw and solved.status.any():
         raise failure(problem, solved, times)
     return solved
 
 
-def tolerance(problem: Problem, scales: Any, y: Any) -> Tolerance:
+def tolerance(problem: Problem, scales: Any, y: Any, recorded: bool) -> Tolerance:
     """Of a problem's state, whose parts have these scales."""
     eps = torch.finfo(y.dtype).eps
     if problem.parts == 1:
-        return problem.options.tolerance(eps)
+        return problem.options.tolerance(eps, recorded=recorded)
     scales = scales.reshape(-1, problem.parts).repeat_interleave(y.shape[1] // problem.parts, -1)
-    return problem.options.tolerance(eps, problem.parts, scales)
+    return problem.options.tolerance(eps, problem.parts, scales, recorded=recorded)
 
 
 def checked(ts: np.ndarray) -> np.ndarray:
@@ -316,7 +316,7 @@ def tolerance_backwards(problem: Problem, scales: Any, us: Any) -> Tolerance:
     unit = (parts * scales).amax(1, keepdim=True)
     adjoint = torch.where(unit > 0, unit, 1.0) / scales
     each = adjoint.repeat_interleave(us.shape[2] // problem.parts, -1)
-    return problem.options.tolerance(torch.finfo(us.dtype).eps, problem.parts, each)
+    return problem.options.tolerance(torch.finfo(us.dtype).eps, problem.parts, each, backward=True)
 
 
 def fold(problem: Problem, size: int, dims: Sequence[Any], tensors: Sequence[Any], first: int) -> Any:

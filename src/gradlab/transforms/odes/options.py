@@ -106,8 +106,16 @@ class Options:
             "below the rounding"
         )
 
-    def tolerance(self, eps: float, parts: int = 1, scales: Any = 1.0) -> Tolerance:
-        """Of arithmetic with this rounding, for a state of parts with absolute tolerances in these scales."""
+    def tolerance(
+        self, eps: float, parts: int = 1, scales: Any = 1.0, *, recorded: bool = False, backward: bool = False
+    ) -> Tolerance:
+        """Of arithmetic with this rounding, for a state of parts with absolute tolerances in these scales.
+
+        Steps that are recorded for an adjoint are ten times finer, as it is carried back along their polynomials; and
+        its own absolute tolerance is a hundred times smaller, since it may shrink on its way and grow again.
+        """
         rtol = self.rtol if self.rtol is not None else 1e-6 if eps < 1e-10 else 1e-4
         atol = (self.atol if self.atol is not None else rtol / 100) * scales
+        rtol, atol = (rtol / 10, atol / 10) if recorded else (rtol, atol / 100 if backward else atol)
+        rtol = max(rtol, 8 * eps)
         return Tolerance(self.tableau, rtol, atol, self.step_size, self.max_steps, parts)
