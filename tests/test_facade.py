@@ -22,12 +22,12 @@ TOPICS = [
     "jacobians",
     "meta",
     "models",
+    "odes",
     "optimizers",
     "per_example",
     "rules",
 ]
 LIBRARIES = ["optimizers", "rules"]  # namespaces of their own
-TOPICS = ["custom_rules", "hessians", "implicit_functions", "jacobians", "models", "odes", "rules"]
 
 
 def python(code):

@@ -114,6 +114,7 @@ __all__ = [
     "maml_grad",
     "meta_grad",
     "meta_value_and_grad",
+    "odeint",
     "per_example_grads",
     "per_example_gram",
     "per_example_norms",
@@ -121,7 +122,6 @@ __all__ = [
     "per_example_statistics",
     "per_example_top_k",
     "private_grad",
-    "odeint",
     "root",
 ]
 

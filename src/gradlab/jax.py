@@ -27,6 +27,7 @@ from gradlab.transforms.meta._jax import (
     meta_value_and_grad,
 )
 from gradlab.transforms.models._jax import functional
+from gradlab.transforms.odes._jax import odeint
 from gradlab.transforms.optimizers import _jax as optimizers
 from gradlab.transforms.per_example._jax import (
     clipped_grad,
@@ -34,7 +35,6 @@ from gradlab.transforms.per_example._jax import (
     per_example_norms,
     private_grad,
 )
-from gradlab.transforms.odes._jax import odeint
 from gradlab.transforms.rules import _jax as rules
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "maml_grad",
     "meta_grad",
     "meta_value_and_grad",
+    "odeint",
     "optimizers",
     "per_example_grads",
     "per_example_gram",
@@ -67,7 +68,6 @@ __all__ = [
     "per_example_statistics",
     "per_example_top_k",
     "private_grad",
-    "odeint",
     "root",
     "rules",
 ]
