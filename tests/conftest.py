@@ -14,6 +14,43 @@ def pytest_configure(config):
         jax.config.update("jax_enable_x64", True)  # closed forms are compared in float64
 
 
+# Tests that mostly wait for a compiler, and whose siblings stay in `make test`.
+LONGER = (
+    "test_check_claims.py::test_complex_functions[jax-True]",
+    "test_corpus.py::test_a_right_derivative_is_not_accused[jax-a_log_likelihood_of_a_gaussian_process]",
+    "test_independence.py::test_batch_norm_of_torch",
+    "test_models.py::test_against_differences[jax]",
+    "test_models.py::test_tied_weights_and_training_statistics",
+    "test_odes.py::test_backwards_in_time[jax]",
+    "test_odes.py::test_closures[jax]",
+    "test_odes.py::test_error_of_a_gradient[1e-06-torch",
+    "test_odes.py::test_examples_have_steps_of_their_own[jax]",
+    "test_odes.py::test_fixed_steps_are_those_of_diffrax[bosh3]",
+    "test_odes.py::test_fixed_steps_are_those_of_diffrax[euler]",
+    "test_odes.py::test_fixed_steps_are_those_of_diffrax[midpoint]",
+    "test_odes.py::test_fixed_steps_are_those_of_diffrax[rk4]",
+    "test_odes.py::test_nests_in_torch[grad of vmap]",
+    "test_odes.py::test_nests_in_torch[jacfwd of jacfwd]",
+    "test_odes.py::test_trees_and_stats[jax]",
+    "test_per_example_edges.py::test_a_mask_leaves_examples_out[jax]",
+    "test_per_example_edges.py::test_statistics[jax]",
+    "test_rules.py::test_eigh_of_hermitian_matrices[jax]",
+    "test_rules.py::test_every_mode_to_second_order[jax-eigh]",
+    "test_rules.py::test_every_mode_to_second_order[jax-log1mexp]",
+    "test_rules.py::test_every_mode_to_second_order[jax-logsumexp]",
+    "test_rules.py::test_every_mode_to_second_order[jax-matrix_function, degenerate]",
+    "test_rules.py::test_logdet_of_orthogonal_probes_is_exact[jax]",
+    "test_unusual_functions.py::test_custom_vjp_of_jax",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(test in item.nodeid for test in LONGER):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=FRAMEWORKS)
 def fw(request):
     """One framework under the names that both have: arrays, transforms, gradlab's namespace."""
