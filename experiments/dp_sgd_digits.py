@@ -13,11 +13,8 @@ learning rates were not chosen privately, and the seeds are fixed: repeat the me
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,7 +29,7 @@ from rich.table import Table
 from gradlab import check, privacy
 from gradlab.bench.console import console
 from gradlab.bench.problems import Arrays, digits
-from gradlab.bench.record import append, environment
+from gradlab.bench.record import append, environment, in_each_framework
 from gradlab.cli import Dtype, Framework, Preset
 
 TRAIN, BATCH, CLIP, MOMENTUM, DELTA = 1437, 256, 1.0, 0.9, 1e-4
@@ -259,13 +256,7 @@ def main(
     path = out / "dp_sgd_digits.jsonl"
     config = {"preset": preset.value, "device": device, "dtype": dtype.value, "seed": seed}
     if framework is Framework.both:
-        flags = [word for name, value in config.items() for word in (f"--{name}", str(value))]
-        for name in ("jax", "torch"):
-            subprocess.run(
-                [sys.executable, __file__, "--framework", name, *flags, "--out", str(out)], check=True
-            )
-        lines = path.read_text().splitlines()[-2:]
-        draw([json.loads(line) for line in lines], out / "dp_sgd_digits.png")
+        draw(in_each_framework(__file__, path, **config, out=out), out / "dp_sgd_digits.png")
         return
     logging.getLogger("absl").setLevel(logging.ERROR)  # dp-accounting names every Rényi order it leaves out
     os.environ["JAX_ENABLE_X64"] = str(int(dtype is Dtype.float64))

@@ -13,10 +13,7 @@ the gradient is not that of differences. One line a framework in results/hyperpa
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from rich.table import Table
 
 from gradlab import check
 from gradlab.bench.console import console
-from gradlab.bench.record import append, environment
+from gradlab.bench.record import append, environment, in_each_framework
 from gradlab.cli import Framework, Preset
 
 NOISE, STEPS, CG_STEPS, CLASSES = 0.4, 100, 20, 10
@@ -214,10 +211,7 @@ def main(
     """Learn in one framework a process, then draw what was found."""
     path = out / "hyperparameters.jsonl"
     if framework is Framework.both:
-        for name in ("jax", "torch"):
-            flags = ["--framework", name, "--preset", preset.value, "--out", str(out)]
-            subprocess.run([sys.executable, __file__, *flags], check=True)
-        plot([json.loads(line) for line in path.read_text().splitlines()[-2:]], out / "hyperparameters.png")
+        plot(in_each_framework(__file__, path, preset=preset, out=out), out / "hyperparameters.png")
         return
     os.environ["JAX_ENABLE_X64"] = "1"
     verified(framework.value)

@@ -11,10 +11,7 @@ once both have converged, its memory does not grow with K, and it is the faster 
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +26,7 @@ from gradlab import check
 from gradlab.bench.clock import interleave, ratio
 from gradlab.bench.console import console
 from gradlab.bench.memory import peak
-from gradlab.bench.record import append, environment
+from gradlab.bench.record import append, environment, in_each_framework
 from gradlab.cli import Framework, Preset
 
 STEPS = {"smoke": (8, 32, 128), "paper": (8, 16, 32, 64, 128, 256, 512, 1024, 2048)}
@@ -265,11 +262,7 @@ def main(
     """Measure one framework a process, then draw what was measured."""
     path = out / "implicit_regression.jsonl"
     if framework is Framework.both:
-        for name in ("jax", "torch"):
-            flags = ["--framework", name, "--preset", preset.value, "--out", str(out)]
-            subprocess.run([sys.executable, __file__, *flags], check=True)
-        lines = path.read_text().splitlines()[-2:]
-        draw([json.loads(line) for line in lines], out / "implicit_regression.png")
+        draw(in_each_framework(__file__, path, preset=preset, out=out), out / "implicit_regression.png")
         return
     os.environ["JAX_ENABLE_X64"] = "1"
     rows = [row for problem in problems() for row in measure(framework.value, problem, preset.value)]

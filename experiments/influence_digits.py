@@ -14,10 +14,7 @@ framework in results/influence_digits.jsonl, a table, a figure.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from scipy.special import log_softmax
 from gradlab import check
 from gradlab.bench.console import console
 from gradlab.bench.problems import Problem, mlp
-from gradlab.bench.record import append, environment
+from gradlab.bench.record import append, environment, in_each_framework
 from gradlab.cli import Framework, Preset
 
 TRAIN, TRUSTED, DIMENSION = 1200, 300, 512
@@ -224,11 +221,8 @@ def main(
     """Score in one framework a process, in float64 on the CPU, then draw what was found."""
     path = out / "influence_digits.jsonl"
     if framework is Framework.both:
-        flags = ["--preset", preset.value, "--seed", str(seed), "--out", str(out)]
-        for name in ("jax", "torch"):
-            subprocess.run([sys.executable, __file__, "--framework", name, *flags], check=True)
-        lines = path.read_text().splitlines()[-2:]
-        draw([json.loads(line) for line in lines], out / "influence_digits.png")
+        found = in_each_framework(__file__, path, preset=preset, seed=seed, out=out)
+        draw(found, out / "influence_digits.png")
         return
     os.environ["JAX_ENABLE_X64"] = "1"
     rows = measure(framework.value, preset.value, seed)

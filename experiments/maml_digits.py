@@ -13,10 +13,7 @@ results/maml_digits.jsonl, a table, a figure.
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from rich.table import Table
 
 from gradlab import check
 from gradlab.bench.console import console
-from gradlab.bench.record import append, environment
+from gradlab.bench.record import append, environment, in_each_framework
 from gradlab.cli import Framework, Preset
 
 WAYS, SHOTS, QUERIES, WIDTH, STEPS = 3, 5, 10, 64, 10
@@ -240,10 +237,8 @@ def main(
     """Train and test in one framework a process, then draw what was found."""
     path = out / "maml_digits.jsonl"
     if framework is Framework.both:
-        for name in ("jax", "torch"):
-            flags = ["--framework", name, "--preset", preset.value, "--out", str(out), "--dtype", dtype]
-            subprocess.run([sys.executable, __file__, *flags, "--seed", str(seed)], check=True)
-        plot([json.loads(line) for line in path.read_text().splitlines()[-2:]], out / "maml_digits.png")
+        found = in_each_framework(__file__, path, preset=preset, out=out, dtype=dtype, seed=seed)
+        plot(found, out / "maml_digits.png")
         return
     os.environ["JAX_ENABLE_X64"] = "1"
     verified(framework.value)

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +27,7 @@ from rich.table import Table
 
 from gradlab import check
 from gradlab.bench.console import console
-from gradlab.bench.record import append, environment
+from gradlab.bench.record import append, environment, in_each_framework
 from gradlab.cli import Framework, Preset
 
 INNER_RATE, TASKS, STEPS = 0.01, 25, 10
@@ -351,10 +349,8 @@ def main(
     """
     path = out / "maml_sinusoid.jsonl"
     if framework is Framework.both:
-        flags = ["--preset", preset.value, "--out", str(out), "--device", device, "--dtype", dtype]
-        for name in ("jax", "torch"):
-            command = [sys.executable, __file__, "--framework", name, *flags, "--seed", str(seed)]
-            subprocess.run([*command, "--methods", methods, "--shots", shots], check=True)
+        flags = {"preset": preset, "out": out, "device": device, "dtype": dtype, "seed": seed}
+        in_each_framework(__file__, path, **flags, methods=methods, shots=shots)
         return
     os.environ["JAX_ENABLE_X64"] = "1"
     fw = load(framework.value, device)

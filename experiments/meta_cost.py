@@ -12,10 +12,7 @@ exact gradient is not that of differences. One line a framework in results/meta_
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +27,7 @@ from gradlab import check
 from gradlab.bench.clock import interleave, ratio
 from gradlab.bench.console import console
 from gradlab.bench.memory import peak
-from gradlab.bench.record import append, environment
+from gradlab.bench.record import append, environment, in_each_framework
 from gradlab.cli import Framework, Preset
 
 RATE, TASKS = 0.01, 25
@@ -311,10 +308,7 @@ def main(
     """Measure one framework a process, then draw what was measured."""
     path = out / "meta_cost.jsonl"
     if framework is Framework.both:
-        for name in ("jax", "torch"):
-            flags = ["--framework", name, "--preset", preset.value, "--out", str(out), "--dtype", dtype]
-            subprocess.run([sys.executable, __file__, *flags], check=True)
-        plot([json.loads(line) for line in path.read_text().splitlines()[-2:]], out / "meta_cost.png")
+        plot(in_each_framework(__file__, path, preset=preset, out=out, dtype=dtype), out / "meta_cost.png")
         return
     os.environ["JAX_ENABLE_X64"] = "1"
     verified(framework.value)

@@ -11,9 +11,6 @@ a squared norm over a grid of shapes, and fits the constants of transforms/per_e
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from importlib.util import find_spec
@@ -29,7 +26,7 @@ from gradlab.bench.clock import interleave, ratio
 from gradlab.bench.console import console
 from gradlab.bench.memory import peak
 from gradlab.bench.problems import digits
-from gradlab.bench.record import append, environment
+from gradlab.bench.record import append, environment, in_each_framework
 from gradlab.cli import Framework
 
 
@@ -465,14 +462,9 @@ def main(
     """Measure one framework a process, then draw what was measured."""
     path = out / "per_example_cost.jsonl"
     if framework is Framework.both:
-        for name in ("jax", "torch"):
-            flags = ["--framework", name, "--preset", preset.value, "--out", str(out)]
-            subprocess.run([sys.executable, __file__, *flags], check=True)
+        found = in_each_framework(__file__, path, preset=preset, out=out)
         if preset is not Preset.calibrate:
-            draw(
-                [json.loads(line) for line in path.read_text().splitlines()[-2:]],
-                out / "per_example_cost.png",
-            )
+            draw(found, out / "per_example_cost.png")
         return
     config = {"framework": framework.value, "preset": preset.value, "device": "cpu", "dtype": "float32"}
     record = {"experiment": "per_example_cost", "config": config, "environment": environment()}

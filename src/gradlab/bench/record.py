@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,3 +65,12 @@ def append(path: str | Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def in_each_framework(script: str, path: str | Path, **flags: Any) -> list[dict[str, Any]]:
+    """Run a script once a framework, each in a process of its own, and read the record that each appended to path."""
+    for framework in ("jax", "torch"):
+        given = {"framework": framework, **flags}
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, script, *words], check=True)
+    return [json.loads(line) for line in Path(path).read_text().splitlines()[-2:]]

@@ -65,7 +65,8 @@ def gradient_noise_scale(
 
     def of(found: Pass, start: Any) -> Any:
         ones = jnp.ones(found.size)
-        return (), (), (_total(squared(found)).mean() * found.size / N, [
+        square: Any = sum(squared(found))
+        return (), (), (square.mean() * found.size / N, [
             found.weighted(i, ones) / N for i in range(len(found.leaves))
         ])  # fmt: skip
 
@@ -74,10 +75,6 @@ def gradient_noise_scale(
     trace = N / (N - 1) * (mean_square - square)
     true = square - trace / N
     return NoiseScale(trace / true, trace, true)
-
-
-def _total(parts: Any) -> Any:
-    return sum(parts[1:], parts[0])
 
 
 def per_example_gram(

@@ -365,11 +365,18 @@ def of_one(plan: Plan, meta: Any, params: Any, data: Any, state: Any) -> Any:
 
 def derived(plan: Plan, assemble: Callable[[Leaves], Any], leaves: Leaves, task: Any) -> tuple[Any, Any]:
     """The outer loss of one task after adaptation, to be differentiated in the leaves."""
+    return followed(plan, assemble, leaves, task)[1:]
+
+
+def followed(
+    plan: Plan, assemble: Callable[[Leaves], Any], leaves: Leaves, task: Any
+) -> tuple[Any, Any, Any]:
+    """The adapted tree of one task, its outer loss, and what is reported."""
     support, query, state = task
     params, mask = assemble(leaves)
     adapted, state = adapted_by(plan, plan.losses["inner_loss"], params, mask, support, state)
     loss, state = outer(plan, adapted, query, state)
-    return loss, {"loss": loss, "state": state} if plan.stateful else {"loss": loss}
+    return adapted, loss, {"loss": loss, "state": state} if plan.stateful else {"loss": loss}
 
 
 def outer(plan: Plan, adapted: Any, query: Any, state: Any) -> tuple[Any, Any]:
@@ -385,15 +392,13 @@ def directly(
     plan: Plan, assemble: Callable[[Leaves], Any], leaves: Leaves, task: Any
 ) -> tuple[Any, Any, Any]:
     """The outer loss of one task, and its gradient by another way than through the steps."""
-    support, query, state = task
-    inner_loss = plan.losses["inner_loss"]
     if plan.method == "reptile":  # params - adapted, zero where params are held
-        params, mask = assemble(leaves)
-        adapted, state = adapted_by(plan, inner_loss, params, mask, support, state)
-        loss, state = outer(plan, adapted, query, state)
+        adapted, loss, report = followed(plan, assemble, leaves, task)
         found = Tree(plan.op, "params", adapted).leaves
-        report = {"loss": loss, "state": state} if plan.stateful else {"loss": loss}
         return loss, [x - y for x, y in zip(leaves, found, strict=True)], report
+
+    support, query, _ = task
+    inner_loss = plan.losses["inner_loss"]
 
     def tree_at(leaves: Leaves) -> Tree:
         return chosen(plan.op, *assemble(leaves))

@@ -103,7 +103,7 @@ class Plan:
 
     def free(self, i: int) -> bool:
         """Whether the gradient of step i is differentiated."""
-        return self.method != "first_order" and i >= self.held
+        return i >= self.held
 
     @property
     def held(self) -> int:

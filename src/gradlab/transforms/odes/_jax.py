@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from gradlab._errors import ConvergenceError, InputError, KindError
+from gradlab.transforms.implicit_functions._jax import like
 from gradlab.transforms.odes._jax_rules import Equation, Problem, solve
-from gradlab.transforms.odes.options import Method, Options, Solution, Status
+from gradlab.transforms.odes.options import Method, Options, Solution, Status, check_equation
 from gradlab.transforms.trees._jax import Tree
 
 
@@ -27,9 +28,8 @@ def odeint(
 ) -> Solution:
     """diffrax solves; two functions that are each other's derivatives, of the system and of those of its tangents."""
     options = Options(method, rtol, atol, step_size, 4096 if max_steps is None else max_steps, throw)
-    if not callable(f):
-        raise KindError(f"odeint: f is a {type(f).__name__}; pass a function f(t, y, *args)")
-    tree = state(y0)
+    tree = Tree("odeint", "y0", y0)
+    check_equation(f, tree)
     ts = times(ts)
     args = jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "__array__") else x, args)
     t, y = ts[0], tree.put(tree.leaves)
@@ -44,18 +44,6 @@ def odeint(
     ys, counts, status = solve(problem, ts, tree.leaves, params, arrays)
     ys, status = finished(options, ys, status)
     return Solution(tree.put(ys), counts, status)
-
-
-def state(y0: Any) -> Tree:
-    """The state, all of whose leaves are floats."""
-    tree = Tree("odeint", "y0", y0)
-    for i, leaf in enumerate(tree.all):
-        if i not in tree.places:
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise KindError(
-                f"odeint: {tree.leaf_name(i)} is of {kind}; a state is made of floats, so convert it"
-            )
-    return tree
 
 
 def times(ts: Any) -> Any:
@@ -95,11 +83,8 @@ def closes_over_tracers(f: Callable[..., Any], t: Any, y: Any, args: Any) -> boo
 
 def refuse_unlike(tree: Tree, slope: Any) -> None:
     """Refuse an f whose output is not like y0."""
-    like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), slope)
-    try:
-        tree.direction(like, "f's output")
-    except (InputError, KindError) as error:
-        raise type(error)(f"{str(error).rpartition(';')[0]}; return a tree like y0") from None
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), slope)
+    like(tree, "f's output", zeros)
 
 
 def finished(options: Options, ys: Any, status: Any) -> Any:

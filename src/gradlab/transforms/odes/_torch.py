@@ -12,7 +12,7 @@ from gradlab.transforms.custom_rules._torch_levels import closed_over, tracked
 from gradlab.transforms.implicit_functions._torch_levels import Seen
 from gradlab.transforms.odes._torch_rules import Solve
 from gradlab.transforms.odes._torch_systems import Equation, Problem
-from gradlab.transforms.odes.options import Method, Options, Solution
+from gradlab.transforms.odes.options import Method, Options, Solution, check_equation
 from gradlab.transforms.repairs._torch import Level, Repair, repaired
 from gradlab.transforms.trees._torch import Tree, as_tensors
 
@@ -32,9 +32,8 @@ def odeint(
 ) -> Solution:
     """Two autograd.Functions that are each other's derivatives, of the system and of those of its tangents."""
     options = Options(method, rtol, atol, step_size, 100_000 if max_steps is None else max_steps, throw)
-    if not callable(f):
-        raise KindError(f"odeint: f is a {type(f).__name__}; pass a function f(t, y, *args)")
-    tree = state(y0)
+    tree = Tree("odeint", "y0", y0)
+    check_equation(f, tree)
     ts = times(ts, tree)
     leaves, spec = pytree.tree_flatten(tuple(as_tensors(args)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
@@ -56,18 +55,6 @@ def odeint(
     ys, info = Solve.apply(problem, record, scales, ts, y, *params)
     stats = {"evaluations": info[0], "accepted": info[1], "rejected": info[2]}
     return Solution(tree.put(tree.split(ys)), stats, info[3])
-
-
-def state(y0: Any) -> Tree:
-    """The state, all of whose leaves are floats."""
-    tree = Tree("odeint", "y0", y0)
-    for i, leaf in enumerate(tree.all):
-        if i not in tree.places:
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise KindError(
-                f"odeint: {tree.leaf_name(i)} is of {kind}; a state is made of floats, so convert it"
-            )
-    return tree
 
 
 def form(tree: Tree) -> Tree:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from gradlab._errors import InputError, KindError
+from gradlab.transforms.implicit_functions._torch import like
 from gradlab.transforms.implicit_functions._torch_levels import Substituted, looks_at_numbers
 from gradlab.transforms.odes.options import Options
 from gradlab.transforms.trees._torch import Tree
@@ -34,14 +34,7 @@ class Equation:
         with Substituted(*zip(*others, strict=True)) if others else nullcontext():
             leaves = self.tree.split(y) if len(self.tree.leaves) > 1 else [y.view(self.tree.leaves[0].shape)]
             slope = self.f(t, self.tree.put(leaves), *self.put(params[:own]))
-            return self.tree.ravel(self.like(slope))
-
-    def like(self, slope: Any) -> Any:
-        """The leaves of what f returned, if it is like y0."""
-        try:
-            return self.tree.direction(slope, "f's output")
-        except (InputError, KindError) as error:
-            raise type(error)(f"{str(error).rpartition(';')[0]}; return a tree like y0") from None
+            return self.tree.ravel(like(self.tree, "f's output", slope))
 
     def rates(self, t: Any, y: Any, params: Sequence[Any], flags: Sequence[bool]) -> Any:
         """The slopes of one example, or of a batch: then y is (B, n) and t (B,)."""

@@ -119,3 +119,15 @@ class Options:
         rtol, atol = (rtol / 10, atol / 10) if recorded else (rtol, atol / 100 if backward else atol)
         rtol = max(rtol, 8 * eps)
         return Tolerance(self.tableau, rtol, atol, self.step_size, self.max_steps, parts)
+
+
+def check_equation(f: Any, y0: Any) -> None:
+    """Refuse an f that is no function, and a state (a tree of either framework) that is not of floats alone."""
+    if not callable(f):
+        raise KindError(f"odeint: f is a {type(f).__name__}; pass a function f(t, y, *args)")
+    for i, leaf in enumerate(y0.all):
+        if i not in y0.places:
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise KindError(
+                f"odeint: {y0.leaf_name(i)} is of {kind}; a state is made of floats, so convert it"
+            )

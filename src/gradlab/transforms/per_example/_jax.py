@@ -22,6 +22,7 @@ from gradlab.transforms.per_example.options import (
     check_randomness,
     positive_number,
 )
+from gradlab.transforms.rules._jax_scalars import sqrt
 from gradlab.transforms.trees._jax import Tree, as_array, scalar_function
 
 
@@ -211,9 +212,9 @@ class Batched:
     def norms(self, squares: Leaves, per_leaf: bool) -> Any:
         """(N,), or a tree of it; in the dtype of the parameters."""
         if not per_leaf:
-            return root(sum(squares)).astype(self.tree.dtype)
+            return sqrt(sum(squares)).astype(self.tree.dtype)
         return self.tree.like(
-            [root(s).astype(w.dtype) for s, w in zip(squares, self.tree.leaves, strict=True)]
+            [sqrt(s).astype(w.dtype) for s, w in zip(squares, self.tree.leaves, strict=True)]
         )
 
     def clipped(
@@ -225,7 +226,7 @@ class Batched:
         def of(found: Pass, start: Any) -> Any:
             squares = squared(found)
             here = jax.lax.dynamic_slice_in_dim(counted, start, found.size)
-            weights = factors([root(s) for s in squares], root(sum(squares)), max_norm, clipping)
+            weights = factors([sqrt(s) for s in squares], sqrt(sum(squares)), max_norm, clipping)
             sums = [found.weighted(i, jnp.where(here, c, 0)) for i, c in enumerate(weights)]
             return squares, found.aux, sums
 
@@ -242,12 +243,6 @@ def _behind(trees: Sequence[Any]) -> Any:
 
 def squared(found: Pass) -> Leaves:
     return [found.squares(i) for i in range(len(found.leaves))]
-
-
-def root(square: Any) -> Any:
-    """√, with slope zero at zero."""
-    zero = square == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
 def factors(by_leaf: Sequence[Any], norm: Any, max_norm: Any, clipping: str) -> list[Any]:

@@ -21,6 +21,7 @@ from gradlab.transforms.per_example.options import (
     check_randomness,
     positive_number,
 )
+from gradlab.transforms.rules._torch_scalars import sqrt
 from gradlab.transforms.trees._torch import Tree, as_tensor, scalar_function
 
 
@@ -199,8 +200,8 @@ class Batched:
     def norms(self, squares: Leaves, per_leaf: bool) -> Any:
         """(N,), or a tree of it; in the dtype of the parameters."""
         if not per_leaf:
-            return root(sum(squares)).to(self.tree.dtype)
-        return self.tree.like([root(s).to(w.dtype) for s, w in zip(squares, self.tree.leaves, strict=True)])
+            return sqrt(sum(squares)).to(self.tree.dtype)
+        return self.tree.like([sqrt(s).to(w.dtype) for s, w in zip(squares, self.tree.leaves, strict=True)])
 
     def clipped(
         self, max_norm: Any, clipping: str, mask: Any, chunk_size: int | None
@@ -210,7 +211,7 @@ class Batched:
 
         def of(found: Pass, start: int) -> Any:
             squares = squared(found)
-            weights = factors([root(s) for s in squares], root(sum(squares)), max_norm, clipping)
+            weights = factors([sqrt(s) for s in squares], sqrt(sum(squares)), max_norm, clipping)
             if counted is not None:
                 here = counted[start : start + found.size].to(squares[0].device)
                 weights = [torch.where(here, c, 0) for c in weights]
@@ -230,12 +231,6 @@ def _behind(*leaves: Any) -> Any:
 
 def squared(found: Pass) -> Leaves:
     return [found.squares(i) for i in range(len(found.leaves))]
-
-
-def root(square: Any) -> Any:
-    """√, with slope zero at zero."""
-    zero = square == 0
-    return torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
 
 
 def factors(by_leaf: Sequence[Any], norm: Any, max_norm: Any, clipping: str) -> list[Any]:
