@@ -249,8 +249,12 @@ def test_what_is_refused(fw):
     for times in ([0.0, 1.0, 1.0], [0.0, 2.0, 1.0], [0.0, np.nan]):
         with pytest.raises(InputError, match="not sorted"):
             run(ts=fw.array(times))
-    with pytest.raises(InputError, match="unknown method 'rk45'; pass one of euler"):
+    with pytest.raises(InputError, match="unknown method 'rk45'; pass one of auto, euler"):
         run(method="rk45")
+    with pytest.raises(InputError, match="unknown adjoint 'symplectic'; pass one of auto"):
+        run(adjoint="symplectic")
+    with pytest.raises(InputError, match=r"method='auto' chooses.*step_size fixes"):
+        run(method="auto", step_size=0.1)
     with pytest.raises(InputError, match=r"rk4 has no estimate of its error.*step_size"):
         run(method="rk4")
     with pytest.raises(InputError, match="rtol is -1"):

@@ -31,3 +31,7 @@ class ConvergenceError(GradlabError, RuntimeError):
 
 class ConvergenceWarning(RuntimeWarning):
     """The same, where a warning was asked for."""
+
+
+class GradientWarning(RuntimeWarning):
+    """A derivative is not known to the tolerance asked for."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gradlab._dispatch import operation
-from gradlab.transforms.odes.options import Method, Solution
+from gradlab.transforms.odes.options import Adjoint, Method, Solution
 
 __all__ = ["odeint"]
 
@@ -21,11 +21,14 @@ def odeint(
     ts: Any,
     *args: Any,
     method: Method = "tsit5",
+    adjoint: Adjoint = "auto",
     rtol: float | None = None,
     atol: float | None = None,
     step_size: float | None = None,
     max_steps: int | None = None,
     throw: bool = True,
+    gradient_error: bool = False,
+    event: Callable[..., Any] | None = None,
 ) -> Solution:
     """The solution of dy/dt = f(t, y, *args), y(ts[0]) = y0, differentiable in y0, ts and args.
 
@@ -41,9 +44,16 @@ def odeint(
         y0: Tree of float arrays.
         ts: Times (T,), rising or falling throughout; y0 is the state at the first.
         *args: Trees, whose float arrays are differentiated.
-        method: `"tsit5"` and `"dopri5"` of order 5, `"dopri8"` of order 8 for tight tolerances, `"bosh3"` for loose
-            ones, `"midpoint"`; with fixed steps alone `"rk4"` and `"euler"`. All are explicit: a stiff equation takes
-            as many steps as stability asks for.
+        method: Explicit: `"tsit5"` and `"dopri5"` of order 5, `"dopri8"` of order 8 for tight tolerances, `"bosh3"`
+            for loose ones, `"midpoint"`; with fixed steps alone `"rk4"` and `"euler"`. A stiff equation takes as many
+            of their steps as stability asks for. Implicit, for stiff equations: `"kvaerno5"`, `"kvaerno3"` and
+            `"rodas5p"`, with ∂f/∂y (n, n) of each example. `"auto"`: tsit5, until it sees stiffness, and kvaerno5
+            from there on.
+        adjoint: How derivatives are taken. `"auto"`: as above, in every mode. `"interpolating"`: the cotangent above
+            alone; refuses forward mode. `"forward"`: the tangent alone; refuses reverse mode. `"backsolve"`: y is
+            integrated backwards with the cotangent, with no memory of steps; raises where it does not return to y0.
+            `"direct"`: the steps themselves are differentiated, their sizes held constant. `"checkpoint"`: the
+            same, with the memory of the square root of their number.
         rtol: Error of a step relative to y, as a root mean square over its entries. None: 1e-6 in float64, 1e-4 in
             float32.
         atol: The same, absolute, in units of y. None: rtol / 100. A tangent's is in units of the largest entry of its
@@ -53,15 +63,22 @@ def odeint(
             memory for all of them, and 100,000 in torch.
         throw: Whether a solution that does not reach the last time raises; else it is not-a-number from there on, and
             its status says why.
+        gradient_error: Whether to estimate the error of the derivatives: the cotangent by this adjoint against the
+            tangent under error control, along one random direction. Costs as much as both.
+        event: Function `event(t, y, *args)` -> scalar, whose first change of sign after ts[0] ends the solution. The
+            states at later ts are the one at the event. None: there is no event.
 
     Returns:
-        `Solution(ys, stats, status)`: ys a tree like y0 with a leading axis of T times; stats, a dictionary of whole
-        numbers: "evaluations" of f, steps "accepted" and "rejected"; status, a number of `Status` (0: done).
-        Each has a batch axis under vmap, where every example has steps of its own.
+        `Solution(ys, stats, status, gradient_error, event_time)`: ys a tree like y0 with a leading axis of T times;
+        stats, a dictionary of whole numbers: "evaluations" of f, steps "accepted" and "rejected"; status, a number
+        of `Status` (0: done); gradient_error relative to the sizes of both, or None; event_time, differentiable, or
+        infinity without derivative if the event does not come to pass, or None if there is none. Each has a batch
+        axis under vmap, where every example has steps of its own.
 
     Raises:
         KindError: y0 holds anything but floats, or args complex numbers.
         InputError: ts is not sorted or holds a time twice; f returns a tree unlike y0; an option that does not exist.
+        StrategyError: a derivative that the adjoint asked for has not.
         ConvergenceError: max_steps was reached, no step was small enough, or f was not finite; torch names the time
             and the state. In compiled jax it is jax's own JaxRuntimeError with the same message.
         BackendError: arrays of both frameworks, or of neither.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gradlab._errors import ConvergenceError, InputError, KindError
 from gradlab.transforms.implicit_functions._jax import like
 from gradlab.transforms.odes._jax_rules import Equation, Problem, solve
-from gradlab.transforms.odes.options import Method, Options, Solution, Status, check_equation
+from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution, Status, check_equation
 from gradlab.transforms.trees._jax import Tree
 
 
@@ -20,14 +20,25 @@ def odeint(
     ts: Any,
     *args: Any,
     method: Method = "tsit5",
+    adjoint: Adjoint = "auto",
     rtol: float | None = None,
     atol: float | None = None,
     step_size: float | None = None,
     max_steps: int | None = None,
     throw: bool = True,
+    gradient_error: bool = False,
+    event: Callable[..., Any] | None = None,
 ) -> Solution:
     """diffrax solves; two functions that are each other's derivatives, of the system and of those of its tangents."""
-    options = Options(method, rtol, atol, step_size, 4096 if max_steps is None else max_steps, throw)
+    options = Options(method, adjoint, rtol, atol, step_size, 4096 if max_steps is None else max_steps, throw)
+    if (
+        options.tableau.implicit
+        or adjoint != "auto"
+        or method == "auto"
+        or gradient_error
+        or event is not None
+    ):
+        raise InputError("odeint: not there yet in this framework")
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
     ts = times(ts)

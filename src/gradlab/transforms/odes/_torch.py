@@ -7,12 +7,12 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
-from gradlab._errors import KindError
+from gradlab._errors import InputError, KindError
 from gradlab.transforms.custom_rules._torch_levels import closed_over, tracked
 from gradlab.transforms.implicit_functions._torch_levels import Seen
 from gradlab.transforms.odes._torch_rules import Solve
 from gradlab.transforms.odes._torch_systems import Equation, Problem
-from gradlab.transforms.odes.options import Method, Options, Solution, check_equation
+from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution, check_equation
 from gradlab.transforms.repairs._torch import Level, Repair, repaired
 from gradlab.transforms.trees._torch import Tree, as_tensors
 
@@ -24,14 +24,27 @@ def odeint(
     ts: Any,
     *args: Any,
     method: Method = "tsit5",
+    adjoint: Adjoint = "auto",
     rtol: float | None = None,
     atol: float | None = None,
     step_size: float | None = None,
     max_steps: int | None = None,
     throw: bool = True,
+    gradient_error: bool = False,
+    event: Callable[..., Any] | None = None,
 ) -> Solution:
     """Two autograd.Functions that are each other's derivatives, of the system and of those of its tangents."""
-    options = Options(method, rtol, atol, step_size, 100_000 if max_steps is None else max_steps, throw)
+    options = Options(
+        method, adjoint, rtol, atol, step_size, 100_000 if max_steps is None else max_steps, throw
+    )
+    if (
+        options.tableau.implicit
+        or adjoint != "auto"
+        or method == "auto"
+        or gradient_error
+        or event is not None
+    ):
+        raise InputError("odeint: not there yet in this framework")
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
     ts = times(ts, tree)

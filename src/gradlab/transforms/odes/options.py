@@ -6,12 +6,26 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from gradlab._errors import InputError, KindError
+from gradlab._errors import InputError, KindError, StrategyError
 
 if TYPE_CHECKING:
+    from gradlab.transforms.odes.rosenbrock import Rosenbrock
     from gradlab.transforms.odes.tableaux import Tableau
 
-Method = Literal["euler", "midpoint", "bosh3", "rk4", "dopri5", "tsit5", "dopri8"]
+Method = Literal[
+    "auto",
+    "euler",
+    "midpoint",
+    "bosh3",
+    "rk4",
+    "dopri5",
+    "tsit5",
+    "dopri8",
+    "kvaerno3",
+    "kvaerno5",
+    "rodas5p",
+]
+Adjoint = Literal["auto", "interpolating", "forward", "backsolve", "direct", "checkpoint"]
 
 
 class Status(IntEnum):
@@ -30,18 +44,24 @@ class Solution(NamedTuple):
         ys: Tree like y0 with a leading time axis, an entry for each of ts.
         stats: "evaluations" of f, steps "accepted" and "rejected": whole numbers.
         status: A number of `Status`.
+        gradient_error: How far the cotangents are from the tangents along a random direction, relative; None where
+            it was not asked for.
+        event_time: When the event came to pass, or infinity; None where there is none.
     """
 
     ys: Any
     stats: dict[str, Any]
     status: Any
+    gradient_error: Any = None
+    event_time: Any = None
 
 
 @dataclass(frozen=True)
 class Tolerance:
     """How the steps of one integration are chosen."""
 
-    tableau: Tableau
+    tableau: Tableau | Rosenbrock
+    stiff: Tableau | Rosenbrock | None  # to go on by from where the equation is seen to be stiff
     rtol: float
     atol: Any  # a number, or one for each entry of the state
     step_size: float | None
@@ -54,6 +74,7 @@ class Options:
     """The arguments of `odeint`."""
 
     method: Method
+    adjoint: Adjoint
     rtol: Any
     atol: Any
     step_size: Any
@@ -64,6 +85,10 @@ class Options:
         if self.method not in get_args(Method):
             raise InputError(
                 f"odeint: unknown method {self.method!r}; pass one of {', '.join(get_args(Method))}"
+            )
+        if self.adjoint not in get_args(Adjoint):
+            raise InputError(
+                f"odeint: unknown adjoint {self.adjoint!r}; pass one of {', '.join(get_args(Adjoint))}"
             )
         for name in ("rtol", "atol", "step_size"):
             value = getattr(self, name)
@@ -77,6 +102,11 @@ class Options:
             raise KindError(f"odeint: max_steps is a {type(self.max_steps).__name__}; pass a whole number")
         if self.max_steps < 1:
             raise InputError(f"odeint: max_steps is {self.max_steps}; pass a positive whole number")
+        if self.method == "auto" and self.step_size is not None:
+            raise InputError(
+                "odeint: method='auto' chooses by the sizes of its steps, and step_size fixes them; pass the name of "
+                "a method, or no step_size"
+            )
         if self.step_size is None and self.tableau.embedded is None:
             raise InputError(
                 f"odeint: {self.method} has no estimate of its error, by which steps are chosen; pass step_size, "
@@ -84,11 +114,31 @@ class Options:
             )
 
     @property
-    def tableau(self) -> Tableau:
+    def tableau(self) -> Tableau | Rosenbrock:
         """Of the method; imported at the first use."""
         from gradlab.transforms.odes.tableaux import METHODS
 
-        return METHODS[self.method]
+        return METHODS["tsit5" if self.method == "auto" else self.method]
+
+    @property
+    def stiff(self) -> Tableau | Rosenbrock | None:
+        """That of the method that takes over where the equation is seen to be stiff."""
+        from gradlab.transforms.odes.tableaux import METHODS
+
+        return METHODS["kvaerno5"] if self.method == "auto" else None
+
+    def refuse_mode(self, mode: Literal["forward", "reverse"]) -> None:
+        """Refuse a derivative that this adjoint has not."""
+        if mode == "forward" and self.adjoint in ("interpolating", "backsolve"):
+            raise StrategyError(
+                f"odeint: adjoint={self.adjoint!r} is of reverse mode, and this derivative is taken in forward mode; "
+                "pass adjoint='auto', which has both, or 'forward'"
+            )
+        if mode == "reverse" and self.adjoint == "forward":
+            raise StrategyError(
+                "odeint: adjoint='forward' is of forward mode, and this derivative is taken in reverse mode; pass "
+                "adjoint='auto', which has both, or take it by jvp or jacfwd"
+            )
 
     def unfinished(self, status: Status, t: float, y: list[float]) -> str:
         """What is said of a solution that did not reach the last time."""
@@ -118,7 +168,7 @@ class Options:
         atol = (self.atol if self.atol is not None else rtol / 100) * scales
         rtol, atol = (rtol / 10, atol / 10) if recorded else (rtol, atol / 100 if backward else atol)
         rtol = max(rtol, 8 * eps)
-        return Tolerance(self.tableau, rtol, atol, self.step_size, self.max_steps, parts)
+        return Tolerance(self.tableau, self.stiff, rtol, atol, self.step_size, self.max_steps, parts)
 
 
 def check_equation(f: Any, y0: Any) -> None:

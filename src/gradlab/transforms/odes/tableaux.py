@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from gradlab.transforms.odes.rosenbrock import RODAS5P, Rosenbrock
+
 Row = tuple[float, ...]
 
 
@@ -549,7 +551,7 @@ KVAERNO5 = Tableau(
     ),
 )
 
-METHODS = {
+METHODS: dict[str, Tableau | Rosenbrock] = {
     tableau.name: tableau
-    for tableau in (EULER, MIDPOINT, BOSH3, RK4, DOPRI5, TSIT5, DOPRI8, KVAERNO3, KVAERNO5)
+    for tableau in (EULER, MIDPOINT, BOSH3, RK4, DOPRI5, TSIT5, DOPRI8, KVAERNO3, KVAERNO5, RODAS5P)
 }
