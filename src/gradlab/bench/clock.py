@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ def interleave(
     repeats: int = 20,
     warmup: int = 2,
     budget_s: float | None = None,
+    settled: Callable[[Mapping[str, list[float]]], bool] | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time variants against each other: each round calls every one once, in an order that rotates.
@@ -48,6 +50,7 @@ def interleave(
         repeats: rounds; fewer if the budget ends, at least three.
         warmup: calls of each before the rounds, after the first.
         budget_s: seconds for the rounds of all variants together.
+        settled: asked after 10, 20, 40, ... rounds with all samples so far; the rounds end when it says so.
         now: the clock, in seconds.
 
     Returns:
@@ -67,12 +70,16 @@ def interleave(
         times = [seconds(call, 1) for _ in range(max(warmup, 1))]
         inner[name] = max(1, int(np.ceil(SHORTEST_SAMPLE / max(min(times), 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    names, began = list(calls), now()
+    names, began, asked = list(calls), now(), 10
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             samples[name].append(seconds(calls[name], inner[name]))
         if budget_s is not None and turn >= 2 and now() - began > budget_s:
             break
+        if settled is not None and turn + 1 == asked:
+            if settled(samples):
+                break
+            asked *= 2
     return {name: _timing(first[name], samples[name]) for name in calls}
 
 
@@ -86,3 +93,17 @@ def ratio(a: Timing, b: Timing) -> tuple[float, float, float]:
     quotients = np.array(a.samples) / np.array(b.samples)
     low, middle, high = np.percentile(quotients, [25, 50, 75])
     return float(middle), float(low), float(high)
+
+
+def interval(values: Sequence[float], confidence: float = 0.99) -> tuple[float, float]:
+    """Bounds of the median that hold with this confidence for independent values of any distribution.
+
+    Two of the values themselves: as many lie below the median as heads fall in so many tosses of a coin (David and
+    Nagaraja, Order Statistics, 2003, 7.1). Infinite where there are too few.
+    """
+    n, k, tail = len(values), 0, 0.5 ** len(values)
+    while 2 * tail <= 1 - confidence:
+        k += 1
+        tail += math.comb(n, k) * 0.5**n
+    ordered = sorted(values)
+    return (ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf)
