@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradlab import check
+from gradlab import InputError, check
 from test_check import POINT, with_rule
 
 torch_only = pytest.fixture(lambda: pytest.importorskip("torch"))
@@ -106,6 +106,20 @@ def test_parts_alone(torch_only):
     f = lambda x: Product.apply(x["a"], x["b"])
     x = {"a": torch_only.tensor(POINT), "b": torch_only.tensor(POINT) + 1}
     assert "each part alone" in statuses(check.derivatives(f, x, order=1, modes="reverse", vmap=False))
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-4])
+def test_a_solver_s_own_accuracy(torch_only, wrong):
+    """A pullback that is right to 1e-9 fails against rounding, and passes where that is its accuracy."""
+    torch = torch_only
+    solved = function(torch, lambda x, u: 3 * x**2 * u * (1 + 1e-9 + wrong))
+    f = lambda x: solved(x).sum()
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    report = lambda **how: check.derivatives(f, x, order=1, vmap=False, **how)
+    assert report()["jvp against vjp"].status == "failed"
+    assert report(accuracy=1e-8).passed == (wrong == 0)
+    with pytest.raises(InputError, match="accuracy is 2"):
+        report(accuracy=2)
 
 
 def test_third_order(fw):

@@ -112,6 +112,9 @@ def check(
     vmap: bool = True,
     compiled: Annotated[bool | None, typer.Option("--compiled/--no-compiled", help=COMPILED)] = None,
     directions: int = 2,
+    accuracy: Annotated[
+        float, typer.Option(help="Of a function that is itself computed to a tolerance, relative.")
+    ] = 0.0,
     explore: Annotated[
         bool, typer.Option("--explore", help="Search the inputs around the point too.")
     ] = False,
@@ -120,7 +123,7 @@ def check(
 ) -> None:
     """Check the derivatives of a function in your own file; exits with 1 unless every claim passed."""
     options = {"order": order, "modes": modes.value, "has_aux": has_aux, "vmap": vmap, "compiled": compiled}
-    options |= {"directions": directions, "explore": explore, "seed": seed}
+    options |= {"directions": directions, "accuracy": accuracy, "explore": explore, "seed": seed}
     if json is not None and not json.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {json.parent}", param_hint="--json")
     report = _checked(function, at, data or [], framework, dtype, options)

@@ -30,6 +30,7 @@ def derivatives(
     vmap: bool = True,
     compiled: bool | None = None,
     directions: int = 2,
+    accuracy: float = 0.0,
     explore: bool = False,
     seed: int = 0,
 ) -> Report:
@@ -63,6 +64,8 @@ def derivatives(
             torch.compile takes seconds.
         directions: Random directions of the whole of x for each claim. A tree of several leaves, or of
             entries 10⁴ times smaller or larger than most of their leaf, has up to 6 more, of one each.
+        accuracy: Of an f that is itself computed to a tolerance, as by a solver with steps of its own: how far
+            its derivatives may be off, relative to their largest entry. 0: by rounding alone, which is measured.
         explore: Whether to search the inputs around x too, when no claim fails at x: x scaled and shifted as
             a whole, a few entries replaced by any number up to 1000 times the largest. The report is then
             of the simplest point found where a claim fails, which is its `.point`. Needs hypothesis.
@@ -112,6 +115,10 @@ def derivatives(
         raise BackendError(
             "check.derivatives: explore=True needs hypothesis; pip install 'gradlab[tools]', or leave it out"
         )
+    if not 0 <= accuracy < 1:
+        raise InputError(
+            f"check.derivatives: accuracy is {accuracy!r}; pass a number from 0 (rounding alone) to 1"
+        )
     framework = framework_of("check.derivatives", (x, *args))
     from gradlab.check.claims import MODES, Checked, rows
 
@@ -124,7 +131,7 @@ def derivatives(
     compiled = framework == "jax" if compiled is None else compiled
 
     def found(subject: Any, *how: Any) -> list[Row]:
-        return rows(Checked(subject, shadow, seed, directions), order, chosen, *how)
+        return rows(Checked(subject, shadow, seed, directions, accuracy), order, chosen, *how)
 
     report = Report(framework, subject.dtype, found(subject, vmap, compiled))
     if explore and not report.failed:

@@ -47,7 +47,10 @@ class Checked:
     """A subject, its float64 shadow, the directions, and the values along them that all claims share."""
 
     @np.errstate(all="ignore")
-    def __init__(self, subject: Subject, shadow: Subject | None, seed: int, directions: int):
+    def __init__(
+        self, subject: Subject, shadow: Subject | None, seed: int, directions: int, accuracy: float = 0.0
+    ):
+        self.accuracy = accuracy
         self.low, self.high = subject, shadow if shadow and _same_function(subject, shadow) else subject
         self.x, self.rng = subject.x, np.random.default_rng(seed)
         self.scales = natural_scales(subject.x, subject.sizes)

@@ -42,6 +42,7 @@ class Batch:
     weights: Vector  # of the losses in the gradient
     scale: Vector  # of each loss, in units of which it is looked at, beside losses of other sizes
     rng: np.random.Generator
+    accuracy: float = 0.0
 
     @property
     def x(self) -> Vector:

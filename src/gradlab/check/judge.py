@@ -85,13 +85,13 @@ def judged(
     exact, estimate = derivative(c.high, c.x, seed), reference(STEPS)
     own = noise * (c.high.eps / c.low.eps)
     spread = cache(lambda: _spread(derivative, c.high, c, seed) + FACTOR * own)
-    allowed = FACTOR * estimate.uncertainty + _rounding(c.high, exact)
+    allowed = FACTOR * estimate.uncertainty + _rounding(c, c.high, exact)
     error = _distance(exact, estimate.value, allowed)
     if not (error <= allowed).all():
         allowed = allowed + spread()
     if not ((error <= allowed) & resolved(estimate)).all():
         estimate = estimate.confirmed(reference(SECOND_STEPS)).loosened(spread() / FACTOR)
-        allowed = FACTOR * estimate.uncertainty + _rounding(c.high, exact)
+        allowed = FACTOR * estimate.uncertainty + _rounding(c, c.high, exact)
         error = _distance(exact, estimate.value, allowed)
         if not resolved(estimate).all():  # who knows what is right there
             error = np.where(np.isfinite(exact), error, 0.0)
@@ -101,7 +101,7 @@ def judged(
     if not (error <= allowed).all():
         return _failed(claim, error, allowed, exact, estimate.value, where, "")
     if c.low is not c.high:
-        low, bound = derivative(c.low, c.x, seed), _rounding(c.low, exact)
+        low, bound = derivative(c.low, c.x, seed), _rounding(c, c.low, exact)
         error = _distance(low, exact, np.where(np.abs(exact) < c.low.largest / 4, allowed, np.inf))
         if not (error <= bound).all():
             bound = bound + FACTOR**2 * noise + _spread(derivative, c.high, c, seed, eps=c.low.eps)
@@ -142,7 +142,11 @@ def agreed(
         return Row(claim, FAILED, message=f"shape {left.shape} where {right.shape} is right")
     finite = np.isfinite(left) | np.isfinite(right)
     size = np.abs(right[np.isfinite(right)]).max(initial=0.0)
-    allowed = ULPS * c.low.eps * size + np.finfo(np.float64).tiny + np.broadcast_to(least, right.shape)
+    allowed = (
+        max(ULPS * c.low.eps, c.accuracy) * size
+        + np.finfo(np.float64).tiny
+        + np.broadcast_to(least, right.shape)
+    )
     finite &= ~(np.minimum(np.abs(left), np.abs(right)) > c.low.largest / 4)
     error = np.where(finite, np.abs(left - right), 0.0)
     if not (error <= allowed).all():
@@ -171,13 +175,16 @@ def _distance(exact: Vector, value: Vector, allowed: Vector) -> Vector:
     return np.where(np.isfinite(allowed), np.where(np.isnan(error), np.inf, error), 0.0)
 
 
-def _rounding(s: Subject, exact: Vector) -> Vector:
-    """What needs no excuse, entry by entry: half of the digits. Beyond that a function is wrong, not imprecise.
+def _rounding(c: Any, s: Subject, exact: Vector) -> Vector:
+    """What needs no excuse: half of the digits, entry by entry, and the accuracy that was claimed, of the largest.
+
+    Beyond that a function is wrong, not imprecise.
 
     The frameworks' special functions are good to 1e-9 in float64, their float32 derivatives to 1e-4 where
     they saturate.
     """
-    return np.nan_to_num(np.sqrt(s.eps) * np.abs(exact)) + np.finfo(np.float64).tiny
+    size = np.nan_to_num(np.abs(exact))
+    return np.sqrt(s.eps) * size + c.accuracy * size.max(initial=0.0) + np.finfo(np.float64).tiny
 
 
 def _spread(
