@@ -16,6 +16,7 @@ from frameworks import FRAMEWORKS
 HEAVY = ["jax", "jaxlib", "torch", "equinox", "diffrax", "optax", "matplotlib", "numpy", "scipy"]
 TOPICS = [
     "custom_rules",
+    "flows",
     "gradient_statistics",
     "hessians",
     "implicit_functions",

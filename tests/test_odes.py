@@ -303,3 +303,19 @@ def test_examples_have_steps_of_their_own(framework):
     alone = [int(run(k).stats["accepted"]) for k in rates]
     assert [int(n) for n in many] == alone
     assert len(set(alone)) == 3
+
+
+@pytest.mark.parametrize("how", ["torch.func", "autograd"])
+def test_tensors_that_a_transform_within_wraps_are_refused(how):
+    """Else their derivative would be lost, or torch would report a fault of its own."""
+    torch = pytest.importorskip("torch")
+    one, w = torch.ones((), dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    squared = lambda w: torch.func.grad(lambda w: w**2 / 2)(w)
+    solve = lambda f, *args: gradlab.odeint(f, one, torch.tensor([0.0, 1.0]), *args).ys[-1]
+    closed = lambda w: solve(lambda t, y: squared(w) * y)
+    given = lambda w: solve(lambda t, y, w: squared(w) * y, w)
+    gradient = torch.func.grad if how == "torch.func" else lambda f: lambda w: torch.autograd.grad(f(w), w)[0]
+    w = w if how == "torch.func" else w.requires_grad_()
+    with pytest.raises(gradlab.StrategyError, match="pass the tensor as an argument"):
+        gradient(closed)(w)
+    torch.testing.assert_close(gradient(given)(w), w.exp().detach(), rtol=1e-5, atol=0)

@@ -24,6 +24,7 @@ Differentiate with respect to the first argument after `f`; everything after it 
     bilevel_grad(inner, outer, meta, params, data)  the gradient in hyperparameters
     optimizers.sgd(rate), .adam, ...    optimisers as pure functions
     odeint(f, y0, ts, *args)            y(ts) of dy/dt = f(t, y, *args), differentiable in y0, ts and args
+    flow_log_density(f, x, *args, ts=, log_base=)   log p(x) of a continuous normalizing flow
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
     rules.norm(x), rules.eigh(A), ...   functions with derivatives right where plain formulas' are not
 
@@ -47,6 +48,7 @@ from gradlab._errors import (
     TooLargeError,
 )
 from gradlab.transforms.custom_rules import custom_jvp, custom_vjp
+from gradlab.transforms.flows import flow_log_density
 from gradlab.transforms.gradient_statistics import (
     gradient_noise_scale,
     per_example_gram,
@@ -103,6 +105,7 @@ __all__ = [
     "custom_jvp",
     "custom_vjp",
     "fixed_point",
+    "flow_log_density",
     "functional",
     "ggn_operator",
     "ggn_vp",

@@ -122,7 +122,13 @@ def check(
     json: Annotated[Path | None, typer.Option(help="Write the report there.")] = None,
 ) -> None:
     """Check the derivatives of a function in your own file; exits with 1 unless every claim passed."""
-    options = {"order": order, "modes": modes.value, "has_aux": has_aux, "vmap": vmap, "compiled": compiled}
+    options: dict[str, Any] = {
+        "order": order,
+        "modes": modes.value,
+        "has_aux": has_aux,
+        "vmap": vmap,
+        "compiled": compiled,
+    }
     options |= {"directions": directions, "accuracy": accuracy, "explore": explore, "seed": seed}
     if json is not None and not json.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {json.parent}", param_hint="--json")

@@ -1,6 +1,7 @@
 """gradlab's operations bound to jax: jax arrays, equinox modules, and numpy arrays and Python numbers too."""
 
 from gradlab.transforms.custom_rules._jax import custom_jvp, custom_vjp
+from gradlab.transforms.flows._jax import flow_log_density
 from gradlab.transforms.gradient_statistics._jax import (
     gradient_noise_scale,
     per_example_gram,
@@ -46,6 +47,7 @@ __all__ = [
     "custom_jvp",
     "custom_vjp",
     "fixed_point",
+    "flow_log_density",
     "functional",
     "ggn_operator",
     "ggn_vp",

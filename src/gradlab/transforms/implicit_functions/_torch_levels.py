@@ -116,7 +116,7 @@ class Seen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in self._new((args, kwargs)):
-            if maybe_get_level(t) <= self.level:  # else a transform within has wrapped it
+            if -1 <= maybe_get_level(t) <= self.level:  # else of a transform within, -2 of one that has ended
                 self.closed.append(t)
         result = func(*args, **(kwargs or {}))
         self._new(result)

@@ -7,11 +7,11 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
-from gradlab._errors import InputError, KindError
+from gradlab._errors import InputError, KindError, StrategyError
 from gradlab.transforms.custom_rules._torch_levels import closed_over, tracked
 from gradlab.transforms.implicit_functions._torch_levels import Seen
 from gradlab.transforms.odes._torch_rules import Solve
-from gradlab.transforms.odes._torch_systems import Equation, Problem
+from gradlab.transforms.odes._torch_systems import UNFOLLOWED, Equation, Problem
 from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution, check_equation
 from gradlab.transforms.repairs._torch import Level, Repair, repaired
 from gradlab.transforms.trees._torch import Tree, as_tensors
@@ -99,3 +99,8 @@ def look_at(equation: Equation, ts: Any, y: Any, tensors: list[Any]) -> None:
         equation.f = repaired(equation.f)
     closed = {id(x): x for x in [*seen.closed, *closed_over(equation.f)]}
     equation.closed += [x for x in closed.values() if is_functorch_wrapped_tensor(x) or tracked(x)]
+    if any(map(tracked, equation.closed)) or torch.is_grad_enabled():
+        with torch.enable_grad():
+            slope = equation(t, y, *given, *(x.detach() for x in equation.closed))
+        if tracked(slope):
+            raise StrategyError(UNFOLLOWED)

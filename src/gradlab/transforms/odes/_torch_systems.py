@@ -10,12 +10,19 @@ from typing import Any
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from gradlab._errors import StrategyError
 from gradlab.transforms.implicit_functions._torch import like
 from gradlab.transforms.implicit_functions._torch_levels import Substituted, looks_at_numbers
 from gradlab.transforms.odes.options import Options
 from gradlab.transforms.trees._torch import Tree
 
 # Parameters are a list of tensors; flags say which of them hold one for each example of a batch.
+
+
+UNFOLLOWED = (
+    "odeint: f maps or differentiates a tensor that it closes over, by a transform of its own, while one outside is at "
+    "work on it; pass the tensor as an argument"
+)
 
 
 @dataclass(eq=False)
@@ -33,7 +40,12 @@ class Equation:
         others = [(x, p) for x, p in zip(self.closed, params[own:], strict=True) if x is not p]
         with Substituted(*zip(*others, strict=True)) if others else nullcontext():
             leaves = self.tree.split(y) if len(self.tree.leaves) > 1 else [y.view(self.tree.leaves[0].shape)]
-            slope = self.f(t, self.tree.put(leaves), *self.put(params[:own]))
+            try:
+                slope = self.f(t, self.tree.put(leaves), *self.put(params[:own]))
+            except RuntimeError as error:
+                if "INTERNAL ASSERT" in str(error):  # of a level that is not at work here
+                    raise StrategyError(UNFOLLOWED) from error
+                raise
             return self.tree.ravel(like(self.tree, "f's output", slope))
 
     def rates(self, t: Any, y: Any, params: Sequence[Any], flags: Sequence[bool]) -> Any:
