@@ -27,6 +27,7 @@ TOPICS = [
     "optimizers",
     "per_example",
     "rules",
+    "steady_states",
 ]
 LIBRARIES = ["optimizers", "rules"]  # namespaces of their own
 

@@ -25,6 +25,7 @@ Differentiate with respect to the first argument after `f`; everything after it 
     optimizers.sgd(rate), .adam, ...    optimisers as pure functions
     odeint(f, y0, ts, *args)            y(ts) of dy/dt = f(t, y, *args), differentiable in y0, ts and args
     flow_log_density(f, x, *args, ts=, log_base=)   log p(x) of a continuous normalizing flow
+    steady_state(f, y0, *args)          where dy/dt = f settles, differentiable in args
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
     rules.norm(x), rules.eigh(A), ...   functions with derivatives right where plain formulas' are not
 
@@ -83,6 +84,7 @@ from gradlab.transforms.per_example import (
     per_example_norms,
     private_grad,
 )
+from gradlab.transforms.steady_states import steady_state
 
 __version__ = "0.1.0"
 
@@ -128,6 +130,7 @@ __all__ = [
     "per_example_top_k",
     "private_grad",
     "root",
+    "steady_state",
 ]
 
 

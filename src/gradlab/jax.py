@@ -37,6 +37,7 @@ from gradlab.transforms.per_example._jax import (
     private_grad,
 )
 from gradlab.transforms.rules import _jax as rules
+from gradlab.transforms.steady_states._jax import steady_state
 
 __all__ = [
     "adapt",
@@ -72,4 +73,5 @@ __all__ = [
     "private_grad",
     "root",
     "rules",
+    "steady_state",
 ]

@@ -36,8 +36,8 @@ def flow_log_density(
         ts: Times of the known density and of x, in this order.
         log_base: Function of one sample (d,) to its log density at ts[0].
         noise: Directions v (k, B, d), held along the path, for Hutchinson's estimate of the trace, the mean of
-            vᵀ ∂f/∂z v: signs or normal numbers of the caller's own drawing. The estimate of log p is unbiased, its gradient too.
-            None: the exact trace.
+            vᵀ ∂f/∂z v: signs or normal numbers of the caller's own drawing. The estimate of log p is unbiased, its
+            gradient too. None: the exact trace.
         **options: Of `odeint`: rtol, atol, method, adjoint, step_size, max_steps.
 
     Returns:
