@@ -362,48 +362,69 @@ def show(framework: str, rows: list[dict[str, Any]]) -> None:
     console().print(table)
 
 
+COLOURS = {"gradlab": "tab:blue", "vmap(grad)": "tab:orange", "lax.map": "tab:pink"}
+COLOURS |= {"opacus": "tab:green", "opacus, ghost": "tab:green", "backpack": "tab:red"}
+STYLES = {"gradients": "-.", "norms": "-", "clipped sum": "--"}
+
+
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Left: time in gradients of the batch. Right: peak memory against batch size. A row a framework and model."""
+    """A row a model: time of each strategy, then peak memory against batch size, in each framework."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [(r, m) for r in records for m in MODELS]
-    figure, axes = plt.subplots(len(panels), 2, figsize=(11, 2.7 * len(panels)), squeeze=False)
-    colours = {"gradlab": "tab:blue", "vmap(grad)": "tab:orange", "autograd": "0.4", "grad": "0.4"}
-    styles = {"one gradient": ":", "gradients": "-.", "norms": "-", "clipped sum": "--"}
-    for (bars, lines), (record, model) in zip(axes, panels, strict=True):
-        rows = [row for row in record["rows"] if row["model"] == model]
-        timed = [row for row in rows if "seconds" in row][-1]
-        names = [n for n in timed["gradients"] if not n.startswith("one")]
-        values = [timed["gradients"][n][0] for n in names]
-        bars.barh(
-            names[::-1], values[::-1], color=[colours.get(n.split(": ")[1], "tab:green") for n in names[::-1]]
-        )
-        bars.set_xscale("log")
-        bars.axvline(1, color="0.6", lw=0.8)
-        title = f"{record['config']['framework']}, {model}"
-        bars.set_title(f"{title}: time / one gradient of the batch of {timed['batch']}", fontsize=9)
-        bars.tick_params(labelsize=7)
-        for name in rows[0]["bytes"]:
-            result, strategy = name.split(": ")
-            if strategy in colours:
-                have = [row for row in rows if name in row["bytes"]]
-                held = [row["bytes"][name] / 1e6 for row in have]
-                lines.loglog(
-                    [r["batch"] for r in have],
-                    held,
-                    styles[result],
-                    color=colours[strategy],
-                    label=name,
-                    marker=".",
-                )
-        lines.set_title(f"{title}: peak MB against batch size", fontsize=9)
-        lines.grid(alpha=0.3)
-    axes[0, 1].legend(fontsize=6, ncol=2)
-    figure.tight_layout()
+    columns = [(record, show) for show in (_bars, _lines) for record in records]
+    figure, axes = plt.subplots(
+        len(MODELS), len(columns), figsize=(4 * len(columns), 9.5), squeeze=False, layout="constrained"
+    )
+    for row, model in zip(axes, MODELS, strict=True):
+        for axis, (record, show) in zip(row, columns, strict=True):
+            axis.set_title(f"{record['config']['framework']}, {model}", fontsize=10)
+            show(axis, [r for r in record["rows"] if r["model"] == model])
+            axis.tick_params(labelsize=8)
+    lines = axes[0, -1].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower right", ncol=len(lines[0]), fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _bars(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """Of the largest batch that was timed, in gradients of the batch."""
+    timed = [row for row in rows if "gradients" in row][-1]
+    bars = [(name.split(": "), value) for name, (value, *_) in timed["gradients"].items()][1:]
+    results, places, y = [result for (result, _), _ in bars], [], 0.0
+    for i, result in enumerate(results):
+        y -= 1.0 if i and result == results[i - 1] else 1.6
+        places.append(y)
+    for ((_, strategy), value), y in zip(bars, places, strict=True):
+        axis.barh(y, value, 0.85, color=COLOURS[strategy])
+        axis.annotate(f"{value:.2g}" if value < 10 else f"{value:.0f}", (value, y), (3, 0), fontsize=8,
+                      textcoords="offset points", va="center")  # fmt: skip
+    axis.set_yticks(places, [f"{result}: {strategy}" for (result, strategy), _ in bars])
+    axis.set_xscale("log")
+    values = [value for _, value in bars]
+    axis.set_xlim(0.5 * min(1, *values), 2.5 * max(values))
+    axis.axvline(1, color="0.5", lw=0.8)
+    axis.set_xlabel(f"time / one gradient of the batch of {timed['batch']}", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _lines(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """Of gradlab and of forming gradients, beside one gradient of the batch."""
+    for name in rows[0]["bytes"]:
+        result, strategy = name.split(": ")
+        have = [row for row in rows if name in row["bytes"]]
+        style: dict[str, Any] = {"color": "0.3", "ls": ":", "label": "one gradient of the batch"}
+        if result in STYLES:
+            style = {"color": COLOURS[strategy], "ls": STYLES[result], "label": f"{result}: {strategy}"}
+        if strategy in ("gradlab", "vmap(grad)") or result not in STYLES:
+            held = [row["bytes"][name] / 1e6 for row in have]
+            axis.loglog([row["batch"] for row in have], held, marker=".", **style)
+    axis.set_xticks([row["batch"] for row in rows], [row["batch"] for row in rows], minor=False)
+    axis.minorticks_off()
+    axis.set_xlabel("examples", fontsize=8)
+    axis.set_ylabel("peak MB", fontsize=8)
+    axis.grid(alpha=0.3)
 
 
 def calibrate(framework: str) -> dict[str, Any]:

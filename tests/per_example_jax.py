@@ -231,6 +231,8 @@ def functions():
     yield "columns by number", (lambda p, i: sq(p["E"][:, i]), {"E": draw(3, 5)}, (numbers,), {})
     yield "columns of the transpose", (lambda p, i: sq(p["E"].T[i]), {"E": draw(3, 5)}, (numbers,), {})
     yield "entries by number", (lambda p, i: sq(p["w"][i]), {"w": draw(5)}, (numbers,), {})
+    yield "no rows", (lambda p, i: sq(p["E"][i]) + sq(p["E"][:1]), {"E": draw(5, 3)}, (numbers[:, :0],), {})
+    yield "no time", (lambda p, x: sq(x @ p["V"]) + sq(p["V"]), {"V": V}, (X[:, :0],), {})
     yield "custom_vjp", (lambda p, x: sq(twice_in_reverse(p["W"], x)), {"W": W}, (x,), {})
     yield "custom_jvp", (lambda p, x: sq(thrice(p["W"], x)), {"W": W}, (x,), {})
     yield (

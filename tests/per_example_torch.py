@@ -189,6 +189,17 @@ def functions():
         ),
     )
     yield "columns by number", (lambda p, i: sq(p["V"].T[i]), {"V": V}, (torch.randint(0, 2, (N, 4)),), {})
+    yield (
+        "einsum in capitals",
+        (lambda p, x: sq(torch.einsum("NI,Ia->Na", x, p["V"])), {"V": V}, (X,), {}),
+    )
+    none = torch.zeros(N, 0, dtype=torch.int64)
+    yield "no rows", (lambda p, i: sq(p["E"][i]) + sq(p["E"][:1]), {"E": draw(5, 3)}, (none,), {})
+    yield "no time", (lambda p, x: sq(x @ p["V"]) + sq(p["V"]), {"V": V}, (X[:, :0],), {})
+    yield (
+        "no images",
+        (lambda p, x: sq(F.conv1d(x, p["K"])) + sq(p["K"]), {"K": draw(2, 3, 2)}, (draw(N, 0, 3, 5),), {}),
+    )
     yield "mapped rows", (lambda p, x: sq(torch.func.vmap(lambda r: p["W"] @ r)(x)), {"W": W}, (X,), {})
     yield (
         "mapped weights",

@@ -13,7 +13,7 @@ from frameworks import FRAMEWORKS, load
 QUICK = {
     "torch": None,  # all: they are quick
     "jax": {
-        *("conv1d, groups, dilation", "tied", "reshaped two ways", "custom_vjp", "constants"),
+        *("conv1d, groups, dilation", "tied", "reshaped two ways", "custom_vjp", "constants", "no time"),
     },
 }
 

@@ -5,7 +5,7 @@ import pytest
 
 import gradlab
 from frameworks import load
-from gradlab import InputError, KindError
+from gradlab import InputError, KindError, StrategyError
 
 rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(6, 3)), rng.normal(size=6)
@@ -85,6 +85,8 @@ def test_other_bad_options(fw):
         clip(mask=fw.array(np.ones(5, bool)))
     with pytest.raises(InputError, match="chunk_size"):
         clip(chunk_size=0)
+    with pytest.raises(KindError, match=r"per_example_gram: other is a \w+; pass a tuple"):
+        fw.gl.per_example_gram(loss, params, *batch, other=batch[0][:1])
     with pytest.raises(InputError, match="k is 7, the batch has 6"):
         fw.gl.per_example_top_k(loss, params, *batch, k=7)
     with pytest.raises(InputError, match="1 examples in the batch; pass at least 2"):
@@ -272,6 +274,27 @@ def test_sixteen_bits(fw):
     assert total["W"].dtype == kind
     wide = lambda a: fw.numpy(a.astype("float32") if fw.name == "jax" else a.float())
     assert np.abs(wide(found) - norms()).max() < 0.05 * norms().max()
+
+
+def test_checkpoints_in_torch():
+    torch = pytest.importorskip("torch")
+    from torch.utils.checkpoint import checkpoint
+
+    gl, rules = load("torch").gl, gradlab.rules
+    w, x = torch.tensor(W), torch.tensor(X)
+    torchs = lambda w, x: checkpoint(lambda x: torch.tanh(w @ x), x, use_reentrant=False).sum()
+    with pytest.raises(StrategyError, match=r"per_example_norms: .*use gradlab\.rules\.checkpoint"):
+        gl.per_example_norms(torchs, w, x)
+    ours = lambda w, x: rules.checkpoint(lambda w, x: torch.tanh(w @ x), w, x).sum()
+    plain = lambda w, x: torch.tanh(w @ x).sum()
+    torch.testing.assert_close(gl.per_example_norms(ours, w, x), gl.per_example_norms(plain, w, x))
+
+
+def test_a_module_for_params():
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(KindError, match=r"params is a module; .* gradlab\.functional\(model\)"):
+        gradlab.per_example_norms(lambda m, x: m(x).sum(), model, torch.ones(4, 3))
 
 
 def test_memory_grows_like_a_pass(fw):

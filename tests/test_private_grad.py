@@ -36,6 +36,25 @@ def test_the_noise_is_normal_and_belongs_to_the_sum(fw):
     assert np.abs(fw.numpy(draw(1)["a"]) - fw.numpy(grad["a"])).max() > 0
 
 
+def test_noise_on_sixteen_bits_is_drawn_in_thirty_two(fw):
+    """The same numbers as for float32, rounded once; bfloat16's own draws are other ones."""
+    loss = lambda p, x: p.sum() * x
+    draw = lambda dtype: fw.gl.private_grad(
+        loss,
+        as_dtype(fw, np.zeros(64), dtype),
+        as_dtype(fw, np.zeros(3), dtype),
+        rng=generator(fw),
+        **OPTIONS,
+    )[0]
+    wide, low = draw(fw.xp.float32), draw(fw.xp.bfloat16)
+    assert low.dtype == fw.xp.bfloat16
+    assert bool((low == (wide.to(low.dtype) if fw.name == "torch" else wide.astype(low.dtype))).all())
+
+
+def as_dtype(fw, x, dtype):
+    return fw.array(x).to(dtype) if fw.name == "torch" else fw.array(x).astype(dtype)
+
+
 def test_a_generator_goes_on():
     torch = pytest.importorskip("torch")
     fw = load("torch")

@@ -14,7 +14,7 @@ import gradlab
 import gradlab.jax as gl
 from gradlab.bench import _jax as functions
 from gradlab.bench.problems import MEASURED
-from gradlab.bench.suite import Case
+from gradlab.bench.suite import EXAMPLES, Case
 
 grad, jvp, vjp, vmap, jit = jax.grad, jax.jvp, jax.vjp, jax.vmap, jax.jit
 
@@ -30,6 +30,7 @@ class Setup:
         loss, model = functions.loss(problem), functions.model(problem)
         self.name, self.params = name, params
         self.loss = lambda p: loss(p, inputs, targets)
+        self.loss_of, self.examples = loss, (inputs[:EXAMPLES], targets[:EXAMPLES])
         self.model = lambda p: model(p, inputs)
         self.outer = lambda y: functions.outer(y, targets)
         keys = dict(zip(params, jax.random.split(jax.random.key(0), len(params)), strict=True))
@@ -54,6 +55,7 @@ def cases(names: list[str], dtype: str, device: str, compile: bool) -> Iterator[
         for k in (8, 32):
             yield _many(s, k)
         yield _gauss_newton(s)
+        yield from _per_example(s)
 
 
 def held(s: Setup) -> list[Case]:
@@ -123,6 +125,27 @@ def _gauss_newton(s: Setup) -> Case:
     ours = jit(lambda p, v: gradlab.ggn_vp(s.model, s.outer, p, v))
     hand = _calls({"jvp, vjp": jit(by_hand)}, s.params, s.v)
     return Case(s.name, "ggn_vp", "compiled", lambda: ours(s.params, s.v), hand, _unit(s))
+
+
+def _per_example(s: Setup) -> Iterator[Case]:
+    one = lambda p, *example: s.loss_of(p, *(a[None] for a in example))
+    each = vmap(grad(one), (None, 0, 0))
+    norms = lambda gs: jnp.sqrt(sum((g.reshape(len(g), -1) ** 2).sum(1) for g in gs.values()))
+
+    def clipped(*args: Any) -> Any:
+        gs = each(*args)
+        c = jnp.minimum(1, 1 / norms(gs))
+        return {name: jnp.tensordot(c, g, 1) for name, g in gs.items()}
+
+    unit = partial(jit(grad(s.loss_of)), s.params, *s.examples)
+    ours = lambda f, **o: lambda *args: f(s.loss_of, *args, keep_batch_axis=True, **o)
+    for operation, call, hand in (
+        ("per_example_grads", ours(gl.per_example_grads), each),
+        ("per_example_norms", ours(gl.per_example_norms), lambda *args: norms(each(*args))),
+        ("clipped_grad", ours(lambda *a, **o: gl.clipped_grad(*a, max_norm=1.0, **o)[0]), clipped),
+    ):
+        calls = _calls({"gradlab": jit(call), "vmap(grad)": jit(hand)}, s.params, *s.examples)
+        yield Case(s.name, operation, "compiled", calls.pop("gradlab"), calls, unit)
 
 
 def _dense(s: Setup) -> Iterator[Case]:

@@ -15,7 +15,7 @@ import gradlab
 import gradlab.torch as gl
 from gradlab.bench import _torch as functions
 from gradlab.bench.problems import MEASURED
-from gradlab.bench.suite import Case
+from gradlab.bench.suite import EXAMPLES, Case
 
 grad, jvp, vjp, vmap = torch.func.grad, torch.func.jvp, torch.func.vjp, torch.func.vmap
 
@@ -31,6 +31,7 @@ class Setup:
         loss, model = functions.loss(problem), functions.model(problem)
         self.name, self.params, self.keys = name, params, list(params)
         self.loss = lambda p: loss(p, inputs, targets)
+        self.loss_of, self.examples = loss, (inputs[:EXAMPLES], targets[:EXAMPLES])
         self.model = lambda p: model(p, inputs)
         self.outer = lambda y: functions.outer(y, targets)
         self.flops = 0
@@ -83,6 +84,7 @@ def cases(names: list[str], dtype: str, device: str, compile: bool) -> Iterator[
             if compile and name != "transformer_128":  # minutes to compile
                 yield _many_compiled(s, k)
         yield _gauss_newton(s)
+        yield from _per_example(s)
 
 
 def held(s: Setup) -> list[Case]:
@@ -216,6 +218,30 @@ def _gauss_newton(s: Setup) -> Case:
     return Case(
         s.name, "ggn_vp", "eager", lambda: gradlab.ggn_vp(s.model, s.outer, s.params, s.v), hand, _gradient(s)
     )
+
+
+def _per_example(s: Setup) -> Iterator[Case]:
+    loss = s.hand(s.loss_of)
+    one = lambda p, *example: loss(p, *(a[None] for a in example))
+    each = lambda: vmap(grad(one), (None, 0, 0))(s.params, *s.examples)
+    norms = lambda gs: sum(g.flatten(1).square().sum(1) for g in gs.values()).sqrt()
+
+    def clipped() -> Any:
+        gs = each()
+        c = (1 / norms(gs)).clamp(max=1)
+        return {name: torch.tensordot(c, g, 1) for name, g in gs.items()}
+
+    def gradient() -> Any:
+        xs = s.fresh()
+        return torch.autograd.grad(s.loss_of(s.named(xs), *s.examples), xs)
+
+    ours = lambda f, **o: lambda: f(s.loss_of, s.params, *s.examples, keep_batch_axis=True, **o)
+    for operation, call, hand in (
+        ("per_example_grads", ours(gl.per_example_grads), each),
+        ("per_example_norms", ours(gl.per_example_norms), lambda: norms(each())),
+        ("clipped_grad", ours(lambda *a, **o: gl.clipped_grad(*a, max_norm=1.0, **o)[0]), clipped),
+    ):
+        yield Case(s.name, operation, "eager", call, {"vmap(grad)": hand}, gradient)
 
 
 def _dense(s: Setup) -> Iterator[Case]:

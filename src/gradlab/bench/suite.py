@@ -27,6 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"names": ["mlp_10k", "mlp_500"], "repeats": 20, "budget": 1.5},
     "paper": {"names": ["mlp_10k", "mlp_784", "transformer_128", "mlp_500"], "repeats": 40, "budget": 12.0},
 }
+EXAMPLES = 32  # of which gradients, norms and clipped sums are taken one by one
 TOLERANCE = 2e-3  # relative to the largest entry: rounding in float32 is below, a wrong strategy far above
 
 

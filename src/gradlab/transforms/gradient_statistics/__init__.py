@@ -153,7 +153,8 @@ def per_example_gram(
         An array (N, N) or (N, M).
 
     Raises:
-        InputError, KindError, BackendError: as for `per_example_grads`.
+        KindError: other is not a tuple; and as for `per_example_grads`.
+        InputError, BackendError: as for `per_example_grads`.
 
     Cost:
         One pass of each batch; for a product with one row an example N M times its rows' lengths, for other leaves

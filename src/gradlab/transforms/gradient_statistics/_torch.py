@@ -7,7 +7,7 @@ import torch
 
 from gradlab._errors import InputError
 from gradlab.transforms.gradient_statistics import NoiseScale, Statistics
-from gradlab.transforms.gradient_statistics.sizes import blocks, check_count, held_at_once
+from gradlab.transforms.gradient_statistics.sizes import blocks, check_count, check_other, held_at_once
 from gradlab.transforms.per_example import Randomness
 from gradlab.transforms.per_example._torch import Batched, per_example_grads, per_example_norms, squared
 from gradlab.transforms.per_example._torch_pass import Pass
@@ -89,10 +89,9 @@ def per_example_gram(
     op = "per_example_gram"
     first = Batched(op, loss, params, batch, False, keep_batch_axis, randomness)
     a = first.run(first.arrays)
-    if other is None:
-        b = a
-    else:
-        second = Batched(op, loss, params, tuple(other), False, keep_batch_axis, randomness)
+    b = a
+    if other is not None:
+        second = Batched(op, loss, params, check_other(op, other), False, keep_batch_axis, randomness)
         b = second.run(second.arrays)
     return sum(_gram(a, b, i) for i in range(len(a.leaves)))
 

@@ -1,10 +1,11 @@
-"""How much is held at once, and what counts are refused: the same for both frameworks."""
+"""How much is held at once, and what is refused: the same for both frameworks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from gradlab._errors import InputError
+from gradlab._errors import InputError, KindError
 
 GRADIENTS = 2**24  # entries of gradients held at once: 64 MiB in float32
 SIGNS = 2**22  # entries of a random matrix drawn at once
@@ -26,3 +27,10 @@ def check_count(op: str, what: str, count: int, least: int) -> None:
     """Refuse a count below the least."""
     if isinstance(count, bool) or not isinstance(count, int) or count < least:
         raise InputError(f"{op}: {count} {what}; pass at least {least}")
+
+
+def check_other(op: str, other: Any) -> tuple[Any, ...]:
+    """Refuse an array where a batch is asked for: its rows would be taken for arguments."""
+    if not isinstance(other, (tuple, list)):
+        raise KindError(f"{op}: other is a {type(other).__name__}; pass a tuple of arrays, such as (x, y)")
+    return tuple(other)

@@ -13,6 +13,7 @@ from gradlab._typing import Leaves
 from gradlab.transforms.linearised._jax import is_traced
 from gradlab.transforms.operators import check_chunk_size
 from gradlab.transforms.per_example import Clipping, Randomness
+from gradlab.transforms.per_example._jax_factors import wide
 from gradlab.transforms.per_example._jax_pass import Pass, run
 from gradlab.transforms.per_example.options import (
     STABILITY,
@@ -102,11 +103,10 @@ def private_grad(
     check_key(op, rng)
     batched = Batched(op, loss, params, batch, has_aux, keep_batch_axis, randomness, empty=True)
     total, norms, aux = batched.clipped(max_norm, clipping, mask, chunk_size)
-    sums, keys = batched.tree.direction(total), jax.random.split(rng, len(batched.tree.leaves))
-    noisy = [
-        (x + noise_multiplier * max_norm * jax.random.normal(key, x.shape, x.dtype)) / expected_batch_size
-        for x, key in zip(sums, keys, strict=True)
-    ]
+    sums, noisy = map(wide, batched.tree.direction(total)), []
+    for x, key in zip(sums, jax.random.split(rng, len(batched.tree.leaves)), strict=True):
+        z = jax.random.normal(key, x.shape, x.dtype)
+        noisy.append((x + noise_multiplier * max_norm * z) / expected_batch_size)
     grad = batched.tree.like([x.astype(w.dtype) for x, w in zip(noisy, batched.tree.leaves, strict=True)])
     return (grad, norms, aux) if has_aux else (grad, norms)
 

@@ -12,6 +12,7 @@ from gradlab._errors import InputError
 from gradlab._typing import Leaves
 from gradlab.transforms.operators import check_chunk_size
 from gradlab.transforms.per_example import Clipping, Randomness
+from gradlab.transforms.per_example._torch_factors import wide
 from gradlab.transforms.per_example._torch_pass import Pass, run
 from gradlab.transforms.per_example.options import (
     STABILITY,
@@ -101,14 +102,11 @@ def private_grad(
     check_generator(op, rng)
     batched = Batched(op, loss, params, batch, has_aux, keep_batch_axis, randomness, empty=True)
     total, norms, aux = batched.clipped(max_norm, clipping, mask, chunk_size)
-    sums = batched.tree.direction(total)
-    noise = [torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device) for x in sums]
-    grad = batched.tree.like(
-        [
-            (x + noise_multiplier * max_norm * z) / expected_batch_size
-            for x, z in zip(sums, noise, strict=True)
-        ]
-    )
+    noisy = []
+    for x in map(wide, batched.tree.direction(total)):
+        z = torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)
+        noisy.append((x + noise_multiplier * max_norm * z) / expected_batch_size)
+    grad = batched.tree.like([x.to(w.dtype) for x, w in zip(noisy, batched.tree.leaves, strict=True)])
     return (grad, norms, aux) if has_aux else (grad, norms)
 
 

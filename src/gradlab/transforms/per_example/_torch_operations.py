@@ -40,7 +40,7 @@ def contract(
         return NotImplemented
     if not below.raw.requires_grad:
         return y
-    n, e = "N", "".join(chr(0x3B1 + i) for i in range(rows.extra))
+    n, e = "·", "".join(chr(0x3B1 + i) for i in range(rows.extra))  # no letters that einsum takes
     groups, contracted = ("".join(c for c in of_w if c in of_x and (c in of_y) == y) for y in (True, False))
     free = "".join(c for c in of_w if c not in of_x)
     ts = e + "".join(c for c in of_x if c not in of_w)

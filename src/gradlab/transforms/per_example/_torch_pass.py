@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from gradlab._errors import StrategyError
 from gradlab._typing import Leaves
 from gradlab.transforms.graphs._torch import repairs_needed, requires_grad, survey
 from gradlab.transforms.linearised._torch import tensors_only
@@ -152,7 +153,15 @@ def recorded(
         again = again or (attached and graph)
         return recorded(op, f, leaves, batch, randomness, graph, substitute and intact, again)
     edges = [edge for _, edge in recorder.uses]
-    found = torch.autograd.grad(losses.sum(), [*edges, *copies], create_graph=again, allow_unused=True)
+    try:
+        found = torch.autograd.grad(losses.sum(), [*edges, *copies], create_graph=again, allow_unused=True)
+    except RuntimeError as error:
+        if "escaped" not in str(error):
+            raise
+        raise StrategyError(
+            f"{op}: the backward pass of the loss runs code of its own on mapped examples (torch.utils.checkpoint, "
+            "hooks for saved tensors); use gradlab.rules.checkpoint"
+        ) from error
     uses = []
     for (use, _), dy in zip(recorder.uses, found, strict=False):
         if dy is not None:

@@ -117,9 +117,9 @@ class Recorder(TorchFunctionMode):
         return self.views.get(id(tensor))
 
     def rows(self, tensor: Any) -> Arranged | None:
-        """A tensor of every example as it is below vmap; None if all examples share it."""
+        """A tensor of every example as it is below vmap; None if all examples share it, or it is empty."""
         found = Arranged.of(tensor)
-        return found if found is not None and self.level in found.levels else None
+        return found if found is not None and self.level in found.levels and found.raw.numel() else None
 
     def keep(self, x: Arranged) -> Tensor:
         self.kept.append((x.raw, x.raw._version))

@@ -115,27 +115,21 @@ class Convolution:
     dy: Any = None
 
     def each(self) -> Tensor:
-        return torch.func.vmap(self._backward)(self.x, self.dy)
+        """Each example as a group of channels of its own."""
+        behind = lambda a: a.transpose(0, 1).flatten(1, 2)
+        rows = self._backward(behind(self.x), behind(self.dy), len(self.x))
+        return rows.unflatten(0, (len(self.x), -1))
 
     def weighted(self, scale: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor]) -> Tensor:
-        return self._backward(mask(self.x).flatten(0, 1), scale(self.dy).flatten(0, 1))
+        return self._backward(mask(self.x).flatten(0, 1), scale(self.dy).flatten(0, 1), 1)
 
-    def _backward(self, x: Tensor, dy: Tensor) -> Tensor:
+    def _backward(self, x: Tensor, dy: Tensor, examples: int) -> Tensor:
+        """The weight's gradient, of which the weight itself gives the shape alone."""
         stride, padding, dilation, groups = self.options
-        none = [0] * len(stride)
-        return aten.convolution_backward(
-            dy,
-            x,
-            self.view.value.detach().to(dy.dtype),
-            [0],
-            stride,
-            padding,
-            dilation,
-            False,
-            none,
-            groups,
-            [False, True, False],
-        )[1]
+        w = dy.new_zeros(()).expand(dy.shape[1], *self.view.value.shape[1:])
+        none, weight_alone = [0] * len(stride), [False, True, False]
+        options = (stride, padding, dilation, False, none, groups * examples, weight_alone)
+        return aten.convolution_backward(dy, x, w, [0], *options)[1]
 
     @property
     def layout(self) -> Any:

@@ -56,6 +56,10 @@ class Tree:
         if not self.leaves:
             for leaf in leaves:
                 refuse_foreign(op, name, leaf, "torch")
+                if isinstance(leaf, torch.nn.Module):
+                    raise KindError(
+                        f"{op}: {name} is a module; pass its parameters: apply, params = gradlab.functional(model)"
+                    )
             kinds = ", ".join(sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves}))
             raise KindError(f"{op}: {name} holds no float tensor to differentiate (only {kinds}); convert it")
 
