@@ -43,7 +43,12 @@ def by_name(tree):
     return [tree[name] for name in sorted(tree)] if isinstance(tree, dict) else [tree]
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+QUICK = ("conv", "transformer")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in PROBLEMS]
+)
 def test_jax_and_torch_agree(name):
     jax, torch = (found(framework, PROBLEMS[name]()) for framework in FRAMEWORKS)
     for result, a in jax.items():

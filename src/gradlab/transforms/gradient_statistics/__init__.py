@@ -193,7 +193,7 @@ def per_example_projections(
     Args:
         loss, params, *batch: As for `per_example_grads`.
         dimension: Length k of the projections.
-        seed: Of P. jax and torch draw different ones.
+        seed: Of P. jax and torch draw different ones; torch draws from a generator, not under vmap or torch.compile.
         chunk_size: Gradients held at once. None: as many as make 2²⁴ entries.
         keep_batch_axis, randomness: As for `per_example_grads`.
 

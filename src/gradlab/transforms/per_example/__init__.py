@@ -31,7 +31,8 @@ def per_example_grads(
     Computes gₙ = ∇ loss(params, *exampleₙ) for every example n of the batch.
 
     Args:
-        loss: Scalar function `loss(params, *example)` of one example; or `(value, aux)`.
+        loss: Scalar function `loss(params, *example)` of one example; or `(value, aux)`. It is mapped by vmap, and
+            so must not branch in Python on numbers.
         params: A tree whose float arrays are differentiated and whose other leaves are held constant.
         *batch: Trees of arrays with one leading axis of examples; `loss` gets one entry of each, without that
             axis. What is not an array (numbers, None, functions) is handed on as it is.
@@ -100,7 +101,8 @@ def per_example_norms(
 
     Returns:
         An array (N,) in the dtype of params; with per_leaf a tree like params of such arrays. An example whose
-        gradient is infinite or not a number has such a norm.
+        gradient is infinite or not a number has such a norm. The sum over t and s may cancel: a norm far below
+        Σₜ |lₜ| |rₜ| is exact to √ε of that (3e-4 in float32), not to ε.
 
     Raises:
         InputError, KindError, BackendError: as for `per_example_grads`.
@@ -214,7 +216,8 @@ def private_grad(
         max_norm: The norm C to which each example is clipped.
         noise_multiplier: σ; `gradlab.privacy.noise_multiplier` finds it for an epsilon. 0 gives no privacy.
         expected_batch_size: B, the sampling rate times the number of examples in all.
-        rng: jax: a key, a new one at every step. torch: one torch.Generator, on the device of params.
+        rng: jax: a key, a new one at every step. torch: one torch.Generator, on the device of params, at which
+            torch.compile breaks its graph. Noise is drawn in float32 at least.
         clipping, mask, has_aux, chunk_size, keep_batch_axis, randomness: As for `clipped_grad`.
 
     Returns:
