@@ -240,6 +240,22 @@ def test_learned_rates(fw):
     np.testing.assert_allclose(fw.numpy(g["rate"]), expected)
 
 
+def test_a_state_of_plain_numbers(fw):
+    """φ = x (1 - 2 r)^3 of a loss that counts its calls; what is no array is handed on as it stands."""
+    loss = lambda x, state: (x**2, {"calls": state["calls"] + 1, "none": None})
+    for method in ("unroll", "checkpoint", "first_order"):
+        adapted, state = fw.gl.adapt(
+            loss,
+            fw.array(1.0),
+            optimizer=fw.gl.optimizers.sgd(0.25),
+            steps=3,
+            state={"calls": 0, "none": None},
+            method=method,
+        )
+        assert float(adapted) == pytest.approx(0.125)
+        assert int(state["calls"]) == 3
+
+
 def test_state_is_handed_on(fw):
     """A counter picks the noise of each step: dropout that both frameworks draw alike."""
     keep = fw.array((rng.random((2, 3, 4)) > 0.3).astype(float))
@@ -352,10 +368,74 @@ def test_compiled_torch(method):
     torch.testing.assert_close(found, expected)
 
 
+def test_an_implicit_gradient_sees_what_the_losses_close_over():
+    """φ = (w t + x) / (w + 1): under torch.autograd too, where nothing tells that w is differentiated."""
+    torch = pytest.importorskip("torch")
+    fw, w = load("torch"), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    inner = lambda x, t: w * (x - t) ** 2 / 2
+    how = {"optimizer": gradlab.optimizers.sgd(0.3), "steps": 120, "method": "implicit", "proximal": 1.0}
+    gradient = gradlab.meta_grad(inner, square, fw.array(0.5), targets(fw), **how)
+    assert float(gradient) == pytest.approx((0.5 - 2.0) / 9)
+    assert float(torch.autograd.grad(gradient, w)[0]) == pytest.approx(-2 * (0.5 - 2.0) / 27)
+    gradient = gradlab.bilevel_grad(
+        lambda x, a: w * (x - 1) ** 2 + a * x**2,
+        lambda x, a: x,
+        fw.array(1.0),
+        fw.array(0.0),
+        ((), ()),
+        **{**how, "optimizer": gradlab.optimizers.sgd(0.1), "proximal": None},
+    )
+    assert float(gradient) == pytest.approx(-2 / 9)  # -w / (w + a)²
+    assert float(torch.autograd.grad(gradient, w)[0]) == pytest.approx((2 - 1) / 27)
+
+
+def test_what_torch_cannot_map():
+    torch = pytest.importorskip("torch")
+    fw = load("torch")
+    tasks = arrays(fw, SUPPORT), arrays(fw, QUERY)
+    for layer, match in (
+        (torch.nn.Dropout(0.5), "draws random numbers, and each task needs its own"),
+        (torch.nn.BatchNorm1d(4), "running statistics of a batch norm in place"),
+    ):
+        model, params = gradlab.functional(torch.nn.Sequential(torch.nn.Linear(2, 4), layer).double())
+        loss = lambda p, x, y, model=model: ((model(p, x) - y) ** 2).mean()
+        with raises(f"maml_grad: a loss .*{match}"):
+            gradlab.maml_grad(loss, params, tasks, inner_lr=0.1, steps=1)
+
+
+def test_optax_with_a_line_search_is_refused():
+    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
+    with raises("the optimiser's update asks for more than gradients, state and params", KindError):
+        gradlab.adapt(lambda x: x**2, jax.numpy.array(1.0), optimizer=optax.lbfgs(), steps=1)
+
+
+def test_chunks_keep_the_dtype_of_the_loss():
+    jax = pytest.importorskip("jax")
+    loss = lambda x, t: square(x.astype("float32"), t)
+    tasks = ((jax.numpy.array(TARGETS, "float32"),),) * 2
+    run = lambda chunk: gradlab.meta_value_and_grad(
+        loss,
+        loss,
+        jax.numpy.array(0.5, "bfloat16"),
+        tasks,
+        optimizer=gradlab.optimizers.sgd(0.1),
+        steps=1,
+        chunk_size=chunk,
+    )
+    assert [x.dtype for x in run(1)] == [x.dtype for x in run(None)]
+    assert float(run(1)[0]) == float(run(None)[0])
+
+
 def test_what_compiled_torch_refuses():
     pytest.importorskip("torch")
     fw = load("torch")
     tasks = targets(fw)
+    train = lambda a: fw.gl.bilevel_grad(
+        lambda w, a: (w - 1.0) ** 2 + a * w**2, lambda w, a: w, a, a * 0, ((), ()), **how, steps=1
+    )
+    how = {"optimizer": fw.gl.optimizers.sgd(0.1), "method": "implicit"}
+    with pytest.raises(Exception, match=r"torch.compile does not trace method='implicit'"):
+        fw.compile(train)(fw.array(0.5))
     how = {"optimizer": fw.gl.optimizers.sgd(0.1), "steps": 4, "method": "implicit", "proximal": 1.0}
     run = lambda x: fw.gl.meta_grad(square, square, x, tasks, **how)
     with pytest.raises(Exception, match=r"torch.compile does not trace method='implicit'"):
@@ -384,6 +464,8 @@ def test_tasks_that_do_not_fit(fw):
         run(((fw.array(1.0),), (many(1),)))
     with raises(r"support\[0\] is no array"):
         run((("text",), (many(1),)))
+    with raises(r"support\[0\] is no array of numbers"):
+        run(((np.array([np.zeros(2), np.zeros(3)], dtype=object),), (many(2),)))
     with raises(r"tasks is not a pair; pass \(support, query\)"):
         run(many(2))
     with raises("support is a .*; pass a tuple", KindError):
@@ -414,6 +496,8 @@ def test_options_that_do_not_exist(fw):
     for proximal in (None, -1.0, float("nan")):
         with raises("proximal is .*; method='implicit' needs a number"):
             run(method="implicit", proximal=proximal)
+    with raises("proximal is '1'; method='implicit' needs a number"):
+        run(method="implicit", proximal="1")
     with raises("method='implicit' needs a loss with a minimum, and a state changes it"):
         run(method="implicit", proximal=1.0, state=fw.array(np.zeros(2)))
     with raises("mask does not fit params"):
@@ -432,6 +516,15 @@ def test_options_that_do_not_exist(fw):
             targets(fw),
             optimizer=fw.gl.optimizers.sgd(0.1),
             steps=1,
+        )
+    for place in (fw.gl.optimizers, gradlab.optimizers):
+        with raises("optimizer is the function sgd; call it with a rate", KindError):
+            run(optimizer=place.sgd)
+        with raises("optimizer is the function adam; call it with a rate", KindError):
+            fw.gl.bilevel_grad(square, square, x := fw.array(0.0), x, ((), ()), optimizer=place.adam, steps=1)
+    with raises("bilevel_grad: params holds no float", KindError):
+        fw.gl.bilevel_grad(
+            square, square, x, fw.array(1), ((), ()), optimizer=fw.gl.optimizers.sgd(0.1), steps=1
         )
     with raises("inner_loss is a int", KindError):
         fw.gl.meta_grad(3, square, fw.array(0.0), targets(fw), optimizer=fw.gl.optimizers.sgd(0.1), steps=1)

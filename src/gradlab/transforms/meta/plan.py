@@ -53,6 +53,7 @@ class Plan:
                     f"{op}: {name} belongs to method={method!r}, the method is {self.method!r}; leave it out"
                 )
         self._check_method()
+        refuse_unmade(op, self.optimizer)
         if not (callable(self.optimizer) or _is_pair(self.optimizer)):
             raise KindError(
                 f"{op}: optimizer is a {type(self.optimizer).__name__}; pass a pair of pure functions, such as "
@@ -76,9 +77,9 @@ class Plan:
                 "or 'first_order' here"
             )
         if self.method == "implicit":
-            if self.proximal is None or not 0 <= self.proximal < math.inf:
+            if not isinstance(self.proximal, (int, float)) or not 0 <= self.proximal < math.inf:
                 raise InputError(
-                    f"{op}: proximal is {self.proximal}; method='implicit' needs a number that is not negative, "
+                    f"{op}: proximal is {self.proximal!r}; method='implicit' needs a number that is not negative, "
                     "the strength of ‖adapted - params‖²/2"
                 )
             if self.cg_steps is not None:
@@ -121,6 +122,15 @@ class Plan:
             return {"linear_solver": "cg", "rtol": eps ** (2 / 3), "atol": eps ** (2 / 3)}
         return {"linear_solver": partial(cg, self.system(eps)), "rtol": 1e30}
 
+    @property
+    def unsolved(self) -> str:
+        """What is said where the linear system of the implicit gradient is not solved."""
+        return (
+            f"{self.op}: the cg linear solve of the implicit gradient did not reach its tolerance; the Hessian at the "
+            "adapted params is not positive definite (raise proximal), or the steps have diverged (lower the rate), or "
+            "pass cg_steps, and look at the residual in the report"
+        )
+
     def system(self, eps: float) -> Options:
         """The same as the options of a linear solve."""
         tolerance = eps ** (2 / 3) if self.cg_steps is None else eps
@@ -128,6 +138,7 @@ class Plan:
 
 
 def bilevel_plan(
+    kind: type[Plan],
     op: str,
     inner_loss: Any,
     outer_loss: Any,
@@ -139,15 +150,24 @@ def bilevel_plan(
     cg_steps: int | None,
     stateful: bool,
 ) -> Plan:
-    """A plan of which hyperparameters alone are differentiated."""
+    """A plan, of the framework's kind, of which hyperparameters alone are differentiated."""
     if method in ("first_order", "reptile"):
         raise StrategyError(
             f"{op}: method={method!r} holds the gradients constant, through which meta is felt; pass "
             "method='truncate', last=1 for the cheapest gradient in meta"
         )
+    refuse_unmade(op, optimizer)
     losses = {"inner_loss": of_pair(inner_loss), "outer_loss": of_pair(outer_loss)}
     proximal = 0.0 if method == "implicit" and proximal is None else proximal
-    return Plan(op, losses, on_first(optimizer), steps, method, last, proximal, cg_steps, stateful)
+    return kind(op, losses, on_first(optimizer), steps, method, last, proximal, cg_steps, stateful)
+
+
+def refuse_unmade(op: str, optimizer: Any) -> None:
+    """Refuse the function that makes an optimiser of a rate, which would take the parameters for the rate."""
+    home = getattr(optimizer, "__module__", None) or ""
+    if not _is_pair(optimizer) and home.startswith(("optax.", "gradlab.transforms.optimizers")):
+        name = getattr(optimizer, "__name__", type(optimizer).__name__)
+        raise KindError(f"{op}: optimizer is the function {name}; call it with a rate, as in {name}(0.01)")
 
 
 def on_first(optimizer: Any) -> Any:
@@ -173,12 +193,17 @@ def segments(steps: int) -> tuple[int, int, int]:
     return length, *divmod(steps, length)
 
 
+def shape_of(leaf: Any) -> Any:
+    """The shape of an array; None of what is none, or an array of objects."""
+    return None if str(getattr(leaf, "dtype", "")) == "object" else getattr(leaf, "shape", None)
+
+
 def task_count(op: str, shapes: dict[str, Any], empty: str) -> int:
     """The number of tasks, from the shape of every leaf of the data by name."""
     first = None
     for name, shape in shapes.items():
         if shape is None or not len(shape):
-            given = "no array" if shape is None else "a scalar"
+            given = "no array of numbers" if shape is None else "a scalar"
             raise InputError(f"{op}: {name} is {given}; pass arrays with a leading axis of tasks")
         if first is None:
             first = name

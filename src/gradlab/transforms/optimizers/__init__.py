@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any, NamedTuple, TypeVar
 
 from gradlab._dispatch import framework_of
-from gradlab._errors import InputError
+from gradlab._errors import InputError, KindError
 
 __all__ = ["adam", "adamw", "rmsprop", "sgd"]
 
 Contract = TypeVar("Contract", bound=Callable[..., Any])
+
+
+BELOW = {"b1": 1.0, "b2": 1.0, "decay": 1.0}  # and finite, what is named in none
+OPTIONS = {*BELOW, "momentum", "eps", "eps_root", "weight_decay", "initial_scale"}  # that are numbers
 
 
 class Optimizer(NamedTuple):
@@ -29,11 +34,12 @@ class Optimizer(NamedTuple):
 
 def by_framework(contract: Contract) -> Contract:
     """Make the public function of a contract: its optimiser looks at the parameters for their framework."""
-    name = contract.__name__
+    name, parameters = contract.__name__, tuple(signature(contract).parameters)
 
     @wraps(contract)
     def declared(rate: Any, *args: Any, **options: Any) -> Optimizer:
         check_rate(name, rate)
+        check_options(name, **dict(zip(parameters, (rate, *args), strict=False)), **options)
 
         def of(tree: Any) -> Any:
             if framework_of(f"optimizers.{name}", (tree,)) == "torch":
@@ -50,10 +56,31 @@ def by_framework(contract: Contract) -> Contract:
     return declared  # type: ignore[return-value]
 
 
-def check_rate(op: str, rate: Any, name: str = "rate") -> None:
-    """Refuse a number that is no rate; trees, arrays and schedules are looked at where their framework is known."""
-    if isinstance(rate, (int, float)) and not 0 <= rate < math.inf:
-        raise InputError(f"{op}: {name} is {rate}; pass a finite number that is not negative")
+def check_rate(op: str, rate: Any) -> None:
+    """Refuse what is no rate; trees, arrays and schedules are looked at where their framework is known."""
+    if rate is None or isinstance(rate, (str, complex)):
+        raise KindError(
+            f"{op}: rate is {rate!r}; pass a number, a tree like params of numbers or arrays, or a function of the step"
+        )
+    check_number(op, "rate", rate)
+
+
+def check_options(op: str, **options: Any) -> None:
+    """Refuse decays and sizes that are none; arrays, which may be learned, pass."""
+    for name, value in options.items():
+        if name not in OPTIONS or (value is None and name == "momentum"):
+            continue
+        if not isinstance(value, (int, float)) and not hasattr(value, "shape"):
+            raise KindError(f"{op}: {name} is a {type(value).__name__}; pass a number or an array")
+        check_number(op, name, value)
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    """Refuse a number outside of its range; what is no number passes."""
+    below = BELOW.get(name, math.inf)
+    if isinstance(value, (int, float)) and not 0 <= value < below:
+        needed = "a finite number that is not negative" if below == math.inf else "a number from 0 to below 1"
+        raise InputError(f"{op}: {name} is {value}; pass {needed}")
 
 
 @by_framework
@@ -70,8 +97,9 @@ def sgd(rate: Any, momentum: Any = None, nesterov: bool = False) -> Optimizer:
         An `Optimizer`. Its state is a tree of arrays.
 
     Raises:
-        InputError: a rate that is negative, infinite or not-a-number, where it is a number that can be seen; a tree
-            of rates that does not fit the parameters.
+        InputError: a rate or another number that is negative, infinite or not-a-number, where it can be seen (of a
+            schedule at every step; in jax at the first); a tree of rates that does not fit the parameters.
+        KindError: what is no rate, or no number.
 
     Cost:
         One or two operations a leaf.
@@ -107,8 +135,8 @@ def adam(
 
     Args:
         rate: As for `sgd`.
-        b1: Decay of the mean of g.
-        b2: Decay of the mean of g².
+        b1: Decay of the mean of g, from 0 to below 1.
+        b2: Decay of the mean of g², likewise.
         eps: Added to the root.
         eps_root: Added within the root.
         nesterov: Whether m̂ looks a step ahead (NAdam).
@@ -117,7 +145,7 @@ def adam(
         An `Optimizer`.
 
     Raises:
-        InputError: as for `sgd`.
+        InputError, KindError: as for `sgd`.
 
     Cost:
         About ten operations a leaf.
@@ -144,6 +172,7 @@ def adamw(
     eps_root: Any = 0.0,
     weight_decay: Any = 1e-4,
     *,
+    mask: Any = None,
     nesterov: bool = False,
 ) -> Optimizer:
     """Adam with decoupled weight decay: u = -rate (m̂ / (√(v̂ + eps_root) + eps) + weight_decay params).
@@ -155,13 +184,14 @@ def adamw(
         eps: As for `adam`.
         eps_root: As for `adam`.
         weight_decay: A number.
+        mask: Tree of True and False (not decayed), of the structure of params or of its upper part. None: all True.
         nesterov: As for `adam`.
 
     Returns:
         An `Optimizer`.
 
     Raises:
-        InputError: as for `sgd`.
+        InputError, KindError: as for `sgd`.
 
     Cost:
         As for `adam`.
@@ -188,23 +218,26 @@ def rmsprop(
     eps_in_sqrt: bool = True,
     momentum: Any = None,
     nesterov: bool = False,
+    *,
+    centered: bool = False,
 ) -> Optimizer:
     """RMSprop: u = -rate g / √(v + eps), or -rate g / (√v + eps), with v the mean of g²; then momentum of u.
 
     Args:
         rate: As for `sgd`.
-        decay: Decay of the mean of g².
+        decay: Decay of the mean of g², from 0 to below 1.
         eps: Added within the root, or to it.
         initial_scale: Where v begins.
         eps_in_sqrt: Which of the two; the root has slope 0 at zero, as in `adam`.
         momentum: A number, or None.
         nesterov: As for `sgd`.
+        centered: Whether v is the variance, the mean of g² less the square of the mean of g.
 
     Returns:
         An `Optimizer`.
 
     Raises:
-        InputError: as for `sgd`.
+        InputError, KindError: as for `sgd`.
 
     Cost:
         About five operations a leaf.
@@ -218,5 +251,5 @@ def rmsprop(
         tensor([-0.1000,  0.1000])
 
     Source:
-        Tieleman and Hinton, lecture 6.5 (2012). The semantics are those of optax.rmsprop, not centred.
+        Tieleman and Hinton, lecture 6.5 (2012). The semantics are those of optax.rmsprop.
     """

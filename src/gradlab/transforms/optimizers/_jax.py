@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradlab._errors import InputError
-from gradlab.transforms.optimizers import Optimizer, check_rate
+from gradlab._errors import InputError, KindError
+from gradlab.transforms.optimizers import Optimizer, check_number, check_options, check_rate
 from gradlab.transforms.optimizers._jax_traced import with_safe_roots
 from gradlab.transforms.trees._jax import spread
 
 
 def sgd(rate: Any, momentum: Any = None, nesterov: bool = False) -> Optimizer:
+    check_options("sgd", momentum=momentum)
     return chain(traced(momentum, nesterov), scaled("sgd", rate))
 
 
@@ -28,6 +29,7 @@ def adam(
     *,
     nesterov: bool = False,
 ) -> Optimizer:
+    check_options("adam", b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     return chain(optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov), scaled("adam", rate))
 
 
@@ -39,10 +41,12 @@ def adamw(
     eps_root: Any = 0.0,
     weight_decay: Any = 1e-4,
     *,
+    mask: Any = None,
     nesterov: bool = False,
 ) -> Optimizer:
+    check_options("adamw", b1=b1, b2=b2, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
     moments = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
-    return chain(moments, optax.add_decayed_weights(weight_decay), scaled("adamw", rate))
+    return chain(moments, decayed("adamw", weight_decay, mask), scaled("adamw", rate))
 
 
 def rmsprop(
@@ -53,8 +57,12 @@ def rmsprop(
     eps_in_sqrt: bool = True,
     momentum: Any = None,
     nesterov: bool = False,
+    *,
+    centered: bool = False,
 ) -> Optimizer:
-    by_size = optax.scale_by_rms(decay, eps, initial_scale, eps_in_sqrt=eps_in_sqrt)
+    check_options("rmsprop", decay=decay, eps=eps, initial_scale=initial_scale, momentum=momentum)
+    by = optax.scale_by_stddev if centered else optax.scale_by_rms
+    by_size = by(decay, eps, initial_scale, eps_in_sqrt=eps_in_sqrt)
     return chain(by_size, scaled("rmsprop", rate), traced(momentum, nesterov))
 
 
@@ -69,9 +77,29 @@ def traced(momentum: Any, nesterov: bool) -> Any:
     return optax.identity() if momentum is None else optax.trace(momentum, nesterov)
 
 
+def decayed(op: str, weight_decay: Any, mask: Any) -> Any:
+    """g + weight_decay params."""
+
+    def update(gs: Any, state: Any, params: Any = None) -> Any:
+        if params is None:
+            raise InputError(f"{op}: update needs params; call update(gradients, state, params)")
+        leaves, spec = jax.tree.flatten(gs)
+        flags = spread(True if mask is None else mask, gs)
+        if len(flags) != len(leaves) or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+            raise InputError(
+                f"{op}: mask does not fit params; pass a tree of True (decayed) and False with the structure of params "
+                "or of its upper part"
+            )
+        flags = jax.tree.unflatten(spec, flags)
+        return jax.tree.map(lambda g, x, flag: g + weight_decay * x if flag else g, gs, params, flags), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def scaled(op: str, rate: Any) -> Any:
     """-rate g: one rate, a tree of them, or a schedule of either."""
-    check(op, rate)
+    check_rate(op, rate)
+    check(op, rate(jnp.zeros((), jnp.int32)) if callable(rate) else rate)
 
     def update(gs: Any, count: Any, params: Any = None) -> Any:
         now = rate(count) if callable(rate) else rate
@@ -99,11 +127,13 @@ def descended(op: str, rate: Any, g: Any) -> Any:
 
 
 def check(op: str, rate: Any) -> None:
-    """Refuse negative rates and not-a-number, as far as they can be seen."""
-    for leaf in () if callable(rate) else jax.tree.leaves(rate):
+    """Refuse rates that are none, negative or not-a-number, as far as they can be seen."""
+    for leaf in jax.tree.leaves(rate):
         if isinstance(leaf, (jax.Array, np.ndarray)):
-            if isinstance(leaf, jax.core.Tracer) or leaf.size == 0:
-                continue
-            check_rate(op, float(np.min(leaf)))
-            leaf = float(np.max(leaf))
-        check_rate(op, leaf)
+            if not isinstance(leaf, jax.core.Tracer) and leaf.size:
+                check_number(op, "rate", float(np.min(leaf)))
+                check_number(op, "rate", float(np.max(leaf)))
+        elif isinstance(leaf, (int, float, np.generic)):
+            check_number(op, "rate", float(leaf))
+        else:
+            raise KindError(f"{op}: rate holds a {type(leaf).__name__}; pass numbers or arrays")

@@ -3,17 +3,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
-from gradlab._errors import InputError
-from gradlab.transforms.optimizers import Optimizer, check_rate
-from gradlab.transforms.repairs._torch import transforming
+from gradlab._errors import InputError, KindError
+from gradlab.transforms.optimizers import Optimizer, check_number, check_options, check_rate
 from gradlab.transforms.rules._torch import sqrt
-from gradlab.transforms.trees._torch import flatten, spread, unflatten
+from gradlab.transforms.trees._torch import as_tensor, flatten, reordered, spread, unflatten
 
 
 def sgd(rate: Any, momentum: Any = None, nesterov: bool = False) -> Optimizer:
+    check_options("sgd", momentum=momentum)
     return chain(traced(momentum, nesterov), scaled("sgd", rate))
 
 
@@ -26,6 +28,7 @@ def adam(
     *,
     nesterov: bool = False,
 ) -> Optimizer:
+    check_options("adam", b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     return chain(by_moments(b1, b2, eps, eps_root, nesterov), scaled("adam", rate))
 
 
@@ -37,13 +40,12 @@ def adamw(
     eps_root: Any = 0.0,
     weight_decay: Any = 1e-4,
     *,
+    mask: Any = None,
     nesterov: bool = False,
 ) -> Optimizer:
-    decayed = Optimizer(
-        lambda params: (),
-        lambda gs, state, params: (mapped(lambda g, x: g + weight_decay * x, gs, params), state),
-    )
-    return chain(by_moments(b1, b2, eps, eps_root, nesterov), decayed, scaled("adamw", rate))
+    check_options("adamw", b1=b1, b2=b2, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
+    moments = by_moments(b1, b2, eps, eps_root, nesterov)
+    return chain(moments, decayed("adamw", weight_decay, mask), scaled("adamw", rate))
 
 
 def rmsprop(
@@ -54,17 +56,25 @@ def rmsprop(
     eps_in_sqrt: bool = True,
     momentum: Any = None,
     nesterov: bool = False,
+    *,
+    centered: bool = False,
 ) -> Optimizer:
+    check_options("rmsprop", decay=decay, eps=eps, initial_scale=initial_scale, momentum=momentum)
     size = lambda v: torch.sqrt(v + eps) if eps_in_sqrt else sqrt(v) + eps
 
-    def update(gs: Any, v: Any, params: Any) -> Any:
-        v = mapped(lambda g, v: (1 - decay) * g**2 + decay * v, gs, v)
-        return mapped(lambda g, v: g / size(v), gs, v), v
+    def init(params: Any) -> Any:
+        mean = mapped(torch.zeros_like, params) if centered else ()
+        return mean, mapped(lambda x: (torch.zeros_like(x) + initial_scale).to(x.dtype), params)
 
-    by_size = Optimizer(
-        lambda params: mapped(lambda x: torch.full_like(x, float(initial_scale)), params), update
-    )
-    return chain(by_size, scaled("rmsprop", rate), traced(momentum, nesterov))
+    def update(gs: Any, state: Any, params: Any) -> Any:
+        m, v = state
+        v = mapped(lambda g, v: (1 - decay) * g**2 + decay * v, gs, v)
+        if not centered:
+            return mapped(lambda g, v: g / size(v), gs, v), (m, v)
+        m = mapped(lambda g, m: (1 - decay) * g + decay * m, gs, m)
+        return mapped(lambda g, m, v: g / size(v - m**2), gs, m, v), (m, v)
+
+    return chain(Optimizer(init, update), scaled("rmsprop", rate), traced(momentum, nesterov))
 
 
 def chain(*parts: Optimizer) -> Optimizer:
@@ -115,12 +125,32 @@ def by_moments(b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool) -> Opt
     return Optimizer(init, update)
 
 
+def decayed(op: str, weight_decay: Any, mask: Any) -> Optimizer:
+    """g + weight_decay params."""
+
+    def update(gs: Any, state: Any, params: Any) -> Any:
+        if params is None:
+            raise InputError(f"{op}: update needs params; call update(gradients, state, params)")
+        leaves, spec = pytree.tree_flatten(gs)
+        flags = spread(True if mask is None else mask, gs)
+        if len(flags) != len(leaves) or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+            raise InputError(
+                f"{op}: mask does not fit params; pass a tree of True (decayed) and False with the structure of params "
+                "or of its upper part"
+            )
+        flags = pytree.tree_unflatten(flags, spec)
+        return mapped(lambda g, x, flag: g + weight_decay * x if flag else g, gs, params, flags), state
+
+    return Optimizer(lambda params: (), update)
+
+
 def scaled(op: str, rate: Any) -> Optimizer:
     """-rate g: one rate, a tree of them, or a schedule of either."""
-    check(op, rate)
+    check_rate(op, rate)
+    rate = checked(op, rate) if not is_schedule(rate) else rate
 
     def update(gs: Any, count: Any, params: Any) -> Any:
-        now = rate(count) if is_schedule(rate) else rate
+        now = checked(op, rate(count)) if is_schedule(rate) else rate
         if isinstance(now, (int, float)):
             return mapped(lambda g: g * -now, gs), count + 1
         leaves, spec = pytree.tree_flatten(gs)
@@ -152,22 +182,37 @@ def descended(op: str, rate: Any, g: Any) -> Any:
     return u.to(g.dtype)
 
 
-def check(op: str, rate: Any) -> None:
-    """Refuse negative rates and not-a-number, as far as they can be seen."""
-    for leaf in () if is_schedule(rate) else pytree.tree_leaves(rate):
-        if isinstance(leaf, torch.Tensor):
-            if not leaf.numel() or leaf.requires_grad or leaf.device.type != "cpu" or transforming():
-                continue
-            leaf = leaf.detach()
-            check_rate(op, float(leaf.min()))
-            leaf = float(leaf.max())
-        check_rate(op, leaf)
+def checked(op: str, rate: Any) -> Any:
+    """A tree of rates as tensors and numbers, none of them negative or not-a-number as far as they can be seen."""
+    if isinstance(rate, (int, float)):
+        check_number(op, "rate", rate)
+        return rate
+    rate = pytree.tree_map(as_tensor, rate)
+    for leaf in pytree.tree_leaves(rate):
+        if not isinstance(leaf, torch.Tensor):
+            if leaf is not None and not isinstance(leaf, (int, float, np.generic)):
+                raise KindError(f"{op}: rate holds a {type(leaf).__name__}; pass numbers or arrays")
+            check_number(op, "rate", leaf if leaf is None else float(leaf))
+        elif leaf.numel() and seen(leaf):
+            check_number(op, "rate", float(leaf.detach().min()))
+            check_number(op, "rate", float(leaf.detach().max()))
+    return rate
+
+
+def seen(x: torch.Tensor) -> bool:
+    """Whether a look at the numbers of a constant costs nothing: neither learned nor transformed, and on the host."""
+    if is_compiling() or x.requires_grad or x.device.type != "cpu":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def mapped(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """f over the leaves of like trees; where a leaf is held there is None."""
     leaves, spec = flatten(tree)
-    rest = [flatten(other)[0] for other in others]
+    rest = []
+    for other in others:
+        xs, form = flatten(other)
+        rest.append(xs if form == spec else flatten(reordered(other, tree))[0])
     return unflatten(
         spec, [None if x is None else f(x, *more) for x, *more in zip(leaves, *rest, strict=True)]
     )

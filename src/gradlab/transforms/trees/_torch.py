@@ -147,7 +147,7 @@ class Tree:
     def _matched(self, v: Any, name: str) -> list[Any]:
         """The leaves of `v` in the order of this tree, where the quick comparison of structures failed."""
         x = unflatten(self.spec, self.all)
-        v = _reordered(v, x)
+        v = reordered(v, x)
         (leaves, given), needed = pytree.tree_flatten(v), pytree.tree_structure(x)
         if given != needed:
             raise InputError(
@@ -335,12 +335,12 @@ def _form(leaf: Any) -> tuple[Any, ...] | None:
     return (leaf.shape, leaf.dtype) if type(leaf) is torch.Tensor else None
 
 
-def _reordered(v: Any, x: Any) -> Any:
+def reordered(v: Any, x: Any) -> Any:
     """v with its dictionaries of the kind and in the order of those of x."""
     if isinstance(v, dict) and isinstance(x, dict) and set(v) == set(x):
-        return type(x)((key, _reordered(v[key], x[key])) for key in x)
+        return type(x)((key, reordered(v[key], x[key])) for key in x)
     if type(v) is type(x) and type(v) in (list, tuple) and len(v) == len(x):
-        return type(v)(_reordered(a, b) for a, b in zip(v, x, strict=True))
+        return type(v)(reordered(a, b) for a, b in zip(v, x, strict=True))
     return v
 
 
@@ -354,6 +354,9 @@ def spread(upper: Any, tree: Any) -> list[Any]:
             if type(upper) is type(tree) and len(upper) == len(tree)
             else []
         )
+    elif type(upper) is type(tree) and type(upper) in pytree.SUPPORTED_NODES:
+        children = pytree.SUPPORTED_NODES[type(upper)].flatten_fn
+        pairs = list(zip(children(upper)[0], children(tree)[0], strict=False))
     else:
         return [] if isinstance(upper, dict) else [upper] * len(pytree.tree_leaves(tree))
     return [flag for pair in pairs for flag in spread(*pair)]
