@@ -29,7 +29,7 @@ class Case:
 
     name: str
     call: Any
-    k: int
+    k: float
     M: np.ndarray
 
     def value(self, x):
@@ -74,6 +74,21 @@ def cases(fw):
     yield Case("per_example_grads", lambda x: gl.per_example_grads(one, x, b), 1, rows)
     yield Case("per_example_norms", lambda x: gl.per_example_norms(one, x, b), 1, lengths)
     yield Case("clipped_grad", lambda x: gl.clipped_grad(one, x, b, max_norm=1e9)[0], 1, B)
+    yield from meta_cases(gl, xp, b)
+
+
+def meta_cases(gl, xp, b):
+    """Adaptation to φ = x/2, by one step of descent on ‖x‖²/2 or as the minimum of ‖x‖²/2 + ‖x - x₀‖²/2."""
+    half, ones = gl.optimizers.sgd(0.5), b[:, 0] * 0 + 1
+    inner, mean = lambda x, a: a * (x @ x) / 2, lambda x, row: 4 * xp.exp(row @ x)
+    for method, how in (("unroll", {}), ("checkpoint", {}), ("implicit", {"proximal": 1.0})):
+        run = lambda x, how={"method": method, **how}: gl.meta_grad(
+            inner, mean, x, ((ones,), (b,)), optimizer=half, steps=1, **how
+        )
+        yield Case(f"meta_grad, {method}", run, 0.5, B / 2)
+    inner, total = lambda w, x: ((w - x) ** 2).sum() / 2, lambda w, x: xp.exp(b @ w).sum()
+    trained = lambda x: gl.bilevel_grad(inner, total, x, 0 * x, ((), ()), optimizer=half, steps=1)
+    yield Case("bilevel_grad", trained, 0.5, B / 2)
 
 
 def transforms(fw):

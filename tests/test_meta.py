@@ -375,7 +375,7 @@ def test_an_implicit_gradient_sees_what_the_losses_close_over():
     inner = lambda x, t: w * (x - t) ** 2 / 2
     how = {"optimizer": gradlab.optimizers.sgd(0.3), "steps": 120, "method": "implicit", "proximal": 1.0}
     gradient = gradlab.meta_grad(inner, square, fw.array(0.5), targets(fw), **how)
-    assert float(gradient) == pytest.approx((0.5 - 2.0) / 9)
+    assert float(gradient.detach()) == pytest.approx((0.5 - 2.0) / 9)
     assert float(torch.autograd.grad(gradient, w)[0]) == pytest.approx(-2 * (0.5 - 2.0) / 27)
     gradient = gradlab.bilevel_grad(
         lambda x, a: w * (x - 1) ** 2 + a * x**2,
@@ -385,7 +385,7 @@ def test_an_implicit_gradient_sees_what_the_losses_close_over():
         ((), ()),
         **{**how, "optimizer": gradlab.optimizers.sgd(0.1), "proximal": None},
     )
-    assert float(gradient) == pytest.approx(-2 / 9)  # -w / (w + a)²
+    assert float(gradient.detach()) == pytest.approx(-2 / 9)  # -w / (w + a)²
     assert float(torch.autograd.grad(gradient, w)[0]) == pytest.approx((2 - 1) / 27)
 
 
@@ -413,17 +413,12 @@ def test_chunks_keep_the_dtype_of_the_loss():
     jax = pytest.importorskip("jax")
     loss = lambda x, t: square(x.astype("float32"), t)
     tasks = ((jax.numpy.array(TARGETS, "float32"),),) * 2
-    run = lambda chunk: gradlab.meta_value_and_grad(
-        loss,
-        loss,
+    how = {"optimizer": gradlab.optimizers.sgd(0.1), "steps": 1}
+    run = lambda chunk: jax.eval_shape(
+        lambda x: gradlab.meta_value_and_grad(loss, loss, x, tasks, chunk_size=chunk, **how),
         jax.numpy.array(0.5, "bfloat16"),
-        tasks,
-        optimizer=gradlab.optimizers.sgd(0.1),
-        steps=1,
-        chunk_size=chunk,
     )
-    assert [x.dtype for x in run(1)] == [x.dtype for x in run(None)]
-    assert float(run(1)[0]) == float(run(None)[0])
+    assert [x.dtype for x in run(1)] == [x.dtype for x in run(None)] == ["float32", "bfloat16"]
 
 
 def test_what_compiled_torch_refuses():

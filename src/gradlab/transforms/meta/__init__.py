@@ -39,20 +39,23 @@ def adapt(
             `(value, state)`.
         params: A tree; its float arrays are adapted, other leaves are held constant.
         *data: Handed to loss as they are.
-        optimizer: A pair of pure functions: one of `gradlab.optimizers`, in jax any optax transformation; or a
-            function of params that gives one, for rates that are learned. Its square roots have slope 0 at zero.
+        optimizer: A pair of pure functions: one of `gradlab.optimizers`, in jax any optax transformation that asks for
+            gradients, state and params alone; or a function of params that gives one, for rates that are learned.
+            Its square roots have slope 0 at zero (a clipped norm still has none, as in optax: not-a-number).
         steps: K ≥ 1.
         method: How φ depends on params. `"unroll"`: as computed, exactly. `"checkpoint"`: the same, with about 2 √K
             steps kept and each run once more. `"truncate"`: with the gradients of all steps but the `last` held
             constant. `"first_order"`: with all of them held constant. `"implicit"`: as the minimum of
-            loss + proximal/2 ‖φ - params‖², of which the steps are taken to be a solution.
+            loss + proximal/2 ‖φ - params‖², of which the steps are taken to be a solution. What is held constant
+            is so in every further derivative too: those are of the formula, not of the numbers that it gives.
         mask: Tree of True (adapted) and False (held), of the structure of params or of its upper part. What is
             held is handed to loss too, and differentiated. None: all True.
         last: Steps of `"truncate"` that are differentiated, 1 ≤ last ≤ steps.
         proximal: Strength of the proximal term of `"implicit"`, ≥ 0. With 0, φ does not depend on params.
         cg_steps: Steps of conjugate gradients in the derivative of `"implicit"`, whatever residual they leave.
             None: as many as it takes to a residual of ε^⅔ (4e-11 in float64), else a ConvergenceError.
-        state: Tree of arrays handed from step to step: statistics, a random key, a counter. None: no state.
+        state: Tree of arrays handed from step to step: statistics, a random key, a counter. None: no state. Torch has
+            no keys: draw what is random outside, and hand it in as data or state.
 
     Returns:
         A tree like params; with state `(tree, last state)`.
@@ -62,7 +65,7 @@ def adapt(
             negative or not-a-number, updates unlike params, a state that changes its form, a loss that is not scalar,
             an optimiser whose updates have no derivative, a state with `"implicit"`.
         KindError: an optimiser that is no pair of functions (torch.optim), a state that holds other than arrays.
-        ConvergenceError: conjugate gradients, as above.
+        ConvergenceError: conjugate gradients, as above; raised by jax while it runs, as a RuntimeError of its own.
         StrategyError: in torch `"checkpoint"` where loss or optimizer close over a tensor that is being
             differentiated; `"implicit"` under torch.compile.
         BackendError: arrays of both frameworks, or of neither.
