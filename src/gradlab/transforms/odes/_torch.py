@@ -37,13 +37,7 @@ def odeint(
     options = Options(
         method, adjoint, rtol, atol, step_size, 100_000 if max_steps is None else max_steps, throw
     )
-    if (
-        options.tableau.implicit
-        or adjoint != "auto"
-        or method == "auto"
-        or gradient_error
-        or event is not None
-    ):
+    if adjoint != "auto" or gradient_error or event is not None:
         raise InputError("odeint: not there yet in this framework")
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)

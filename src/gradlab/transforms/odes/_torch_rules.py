@@ -18,8 +18,10 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from gradlab._errors import ConvergenceError, InputError
 from gradlab.transforms.custom_rules._torch_levels import without_tangents
 from gradlab.transforms.linearised._torch import materialised
-from gradlab.transforms.odes._torch_steps import Solved, integrate
+from gradlab.transforms.odes._torch_stages import Field, jacobians
+from gradlab.transforms.odes._torch_steps import integrate
 from gradlab.transforms.odes._torch_systems import Problem
+from gradlab.transforms.odes._torch_trajectory import Solved
 from gradlab.transforms.odes.options import Status, Tolerance
 
 
@@ -190,10 +192,11 @@ def solve(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any]
     times = checked(ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]))
     times = np.broadcast_to(times, (len(y), times.shape[1]))
 
-    def field(_: Any, t: Any, y: Any) -> Any:
+    def rates(t: Any, y: Any) -> Any:
         slope = problem.rates(t, y[0] if one else y, params)
-        return (slope[None] if one else slope), None
+        return slope[None] if one else slope
 
+    field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(rates, t, y))
     solved = integrate(field, times, y, tolerance(problem, scales, y, record), record)
     if problem.options.throw and solved.status.any():
         raise failure(problem, solved, times)
@@ -254,11 +257,14 @@ def pull(
 
     trajectory: Any = solved.trajectory
 
-    def field(time: Any, t: Any, a: Any) -> Any:
+    def rates(t: Any, y: Any) -> Any:
+        slope = problem.system.rates(t, y[0] if one else y, xs, flags)
+        return slope[None] if one else slope
+
+    def slopes(time: Any, t: Any, a: Any) -> Any:
         with torch.enable_grad():
             y = trajectory(time).requires_grad_()
-            slope = problem.system.rates(t, y[0] if one else y, xs, flags)
-            slope = slope[None] if one else slope
+            slope = rates(t, y)
             if not slope.requires_grad:
                 back: Any = [torch.zeros_like(x) for x in (y, *leaves)]
             else:
@@ -267,25 +273,29 @@ def pull(
             return back[0], None
         return back[0], torch.cat([g.reshape(len(a), -1) for g in back[1:]], -1)
 
+    def transposed(time: Any, t: Any, _: Any) -> Any:
+        return -jacobians(rates, t, trajectory(time))[0].mT, None
+
+    field = Field(slopes, transposed)
     state = lambda i: solved.ys[0, i] if one else solved.ys[:, i]
-    slopes = lambda i: problem.rates(torch.tensor(times[:, i]).to(us), state(i), params)
+    ends = lambda i: problem.rates(torch.tensor(times[:, i]).to(us), state(i), params)
     along = tolerance_backwards(problem, scales, us)
-    a, total, last = torch.zeros_like(us[:, 0]), 0.0, us.shape[1] - 1
+    a, total, last, stiff = torch.zeros_like(us[:, 0]), 0.0, us.shape[1] - 1, solved.stiff
     dts = torch.zeros_like(us[..., 0])
     for i in range(last, 0, -1):
         u = us[:, i]
         if timed:
-            dts[:, i] = (u * slopes(i)).sum(-1)
+            dts[:, i] = (u * ends(i)).sum(-1)
         a = a + u
         if not bool(a.any()):
             continue
-        back = integrate(field, times[:, [i, i - 1]], a, along)
+        back = integrate(field, times[:, [i, i - 1]], a, along, stiff=stiff)
         if problem.options.throw and back.status.any():
             raise failure(problem, back, times)
-        a = back.ys[:, -1]
+        a, stiff = back.ys[:, -1], back.stiff
         total = total if back.integrals is None else total + back.integrals
     if timed:
-        dts[:, 0] = -(a * slopes(0)).sum(-1)
+        dts[:, 0] = -(a * ends(0)).sum(-1)
     dts = dts if ts.ndim == 2 else dts.sum(0)
     dts = dts.to(ts) if timed else us.new_zeros(())
     dy0 = a + us[:, 0]

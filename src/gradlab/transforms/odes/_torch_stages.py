@@ -1,0 +1,243 @@
+"""The stages of one step: explicit, diagonally implicit by Newton's method, or of a Rosenbrock method.
+
+K holds h times the slope of each stage (of a Rosenbrock method what its linear equations give), and Q the same of
+the integrands; the end of the step, its error and its polynomial are sums of the rows of K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradlab.transforms.odes.rosenbrock import Rosenbrock
+from gradlab.transforms.odes.tableaux import Tableau
+
+NEWTON = 0.01  # the error of a stage's equation, as a share of the tolerances
+ITERATIONS = 10
+
+
+@dataclass
+class Field:
+    """What is integrated, of states (B, n) at times (B,), given as the host has them and as a tensor."""
+
+    slopes: Callable[[Any, Any, Any], tuple[Any, Any]]  # (time, t, y) -> slope, integrands (B, m) or None
+    jacobians: Callable[[Any, Any, Any], tuple[Any, Any]]  # (time, t, y) -> ∂f/∂y (B, n, n), ∂f/∂t (B, n)
+
+
+def jacobians(rates: Callable[..., Any], t: Any, y: Any) -> tuple[Any, Any]:
+    """∂f/∂y (B, n, n) and ∂f/∂t (B, n) by the pullback of every output: all at once, or one by one where torch's batch
+    of them is wrong.
+    """
+    with torch.enable_grad():
+        t, y = t.detach().requires_grad_(), y.detach().requires_grad_()
+        slope = rates(t, y)
+    (B, n), back = y.shape, partial(_pulled, slope, (y, t))
+    if not slope.requires_grad:
+        return y.new_zeros(B, n, n), y.new_zeros(B, n)
+    eye = torch.eye(n, dtype=y.dtype, device=y.device)[:, None].expand(n, B, n)
+    with suppress(RuntimeError):
+        J, drift = back(eye, is_grads_batched=True)
+        u = torch.linspace(1, 2, n, dtype=y.dtype, device=y.device)
+        off = (torch.tensordot(u, J, 1) - back(u.expand(B, n))[0]).abs().amax(-1)
+        if bool((off <= n * torch.finfo(y.dtype).eps ** 0.5 * J.abs().amax((0, 2))).all()):
+            return J.movedim(0, 1), drift.mT
+    rows = [back(e) for e in eye]
+    return torch.stack([row[0] for row in rows], 1), torch.stack([row[1] for row in rows], 1)
+
+
+def _pulled(slope: Any, inputs: Any, u: Any, **options: Any) -> Any:
+    return torch.autograd.grad(slope, inputs, u, retain_graph=True, materialize_grads=True, **options)
+
+
+@dataclass
+class Weights:
+    """A tableau as tensors."""
+
+    a: list[Any]
+    b: Any
+    error: Any
+    dense: Any
+    c: Any
+    inner: list[Any]  # what predicts a stage, or couples it to those before
+
+
+@cache
+def weights(tableau: Tableau | Rosenbrock, dtype: torch.dtype, device: torch.device) -> Weights:
+    """A tableau as tensors of this kind."""
+    tensor = lambda row: torch.tensor(row, dtype=dtype, device=device)
+    rows = [] if tableau.error is None else [tableau.error]
+    if not tableau.implicit and tableau.c[-2] == tableau.c[-1]:  # two slopes and their states at the end
+        n, unit = tableau.stages, lambda i: [float(i == j) for j in range(tableau.stages)]
+        last, other = [*tableau.a[-1], 0.0], [*tableau.a[-2], 0.0, 0.0]
+        rows += [np.subtract(unit(n - 1), unit(n - 2)).tolist(), np.subtract(last, other).tolist()]
+    inner = tableau.coupling if isinstance(tableau, Rosenbrock) else tableau.guesses
+    return Weights(
+        [tensor(row) for row in tableau.a],
+        tensor(tableau.b),
+        tensor(rows),
+        tensor(tableau.dense),
+        tensor(tableau.c),
+        [tensor(row) for row in inner],
+    )
+
+
+class Stages:
+    """Those of an explicit method. `run` is the integration that they are of."""
+
+    def __init__(self, run: Any, tableau: Any):
+        self.run, self.tableau = run, tableau
+        self.weights = weights(tableau, run.y.dtype, run.y.device)
+        stages, (B, n) = tableau.stages, run.shape
+        self.K = run.y.new_empty(stages, B, n)
+        self.flat = self.K.view(stages, B * n)
+        self.before = [None, *(self.flat[:i].T for i in range(1, stages))]
+        self.Q: Any = None
+        if run.integrand is not None:
+            self.Q = run.y.new_empty(stages, *run.integrand.shape)
+
+    def __call__(self, t: Any, h: Any) -> tuple[Any, Any, Any, Any]:
+        """y, slope and integrand at the end of a step, and which examples found none."""
+        run, column, times, flat = self.run, *self.begin(t, h)
+        torch.mul(run.slope, column, out=self.K[0])
+        for i in range(1, self.tableau.stages):
+            y = torch.addmv(flat, self.before[i], self.weights.a[i]).view(run.shape)
+            slope, integrand = run.f.slopes(t + self.tableau.c[i] * h, times[i], y)
+            torch.mul(slope, column, out=self.K[i])
+            if self.Q is not None:
+                torch.mul(integrand, column, out=self.Q[i])
+        run.evaluations += self.tableau.stages - 1
+        return y, slope, integrand, run.nobody
+
+    def begin(self, t: Any, h: Any) -> tuple[Any, Any, Any]:
+        """h as a factor of states, the times of the stages, and y, flat."""
+        run, column = self.run, self.run.column(h)
+        times = (column * self.weights.c + run.column(t)).view(-1, self.tableau.stages).T.unbind()
+        if self.Q is not None:
+            torch.mul(run.integrand, column, out=self.Q[0])
+        return column, times, run.y.view(-1)
+
+    def sums(self, rows: Any) -> Any:
+        """Sums (k, B, n) of the stages with these weights (k, stages)."""
+        return (rows @ self.flat).view(-1, *self.run.shape)
+
+    def polynomial(self) -> Any:
+        """The coefficients (degree, B, n) of the powers of θ, from the first on."""
+        return self.sums(self.weights.dense)
+
+
+class Implicit(Stages):
+    """What the implicit ones share: I - h γ ∂f/∂y, as it is at the start of the step."""
+
+    seen: Any = None
+    J: Any = None
+    drift: Any = None
+
+    def factors(self, t: Any, time: Any, h: Any) -> Any:
+        """The solution of (I - h γ J) x = b (B, n), by one factorisation; J is kept while a step is tried again."""
+        run = self.run
+        if self.seen != run.moves:
+            self.J, self.drift = run.f.jacobians(t, time, run.y)
+            self.seen = run.moves
+            run.evaluations += 1
+        wide = torch.promote_types(run.y.dtype, torch.float32)
+        factor = (-self.tableau.diagonal * run.column(h)).to(wide)
+        M = factor[..., None] * self.J.to(wide) if factor.ndim else factor * self.J.to(wide)
+        M.diagonal(dim1=-2, dim2=-1).add_(1)
+        LU, pivots, _ = torch.linalg.lu_factor_ex(M)
+        return lambda b: torch.linalg.lu_solve(LU, pivots, b.to(wide)[..., None])[..., 0].to(b.dtype)
+
+
+class Diagonal(Implicit):
+    """Singly diagonally implicit stages: k = f(t, base + h γ k) by Newton's method with one matrix for all."""
+
+    def __call__(self, t: Any, h: Any) -> tuple[Any, Any, Any, Any]:
+        """As of Stages."""
+        run, column, times, flat = self.run, *self.begin(t, h)
+        torch.mul(run.slope, column, out=self.K[0])
+        solve = self.factors(t, times[0], h)
+        scale = self.scale()
+        failed, self.rate, integrand = run.nobody, None, None
+        for i in range(1, self.tableau.stages):
+            base = torch.addmv(flat, self.before[i], self.weights.a[i]).view(run.shape)
+            guess = torch.mv(self.before[i], self.weights.inner[i]).view(run.shape)
+            at = partial(run.f.slopes, t + self.tableau.c[i] * h, times[i])
+            self.K[i], lost = self.newton(at, base, guess, column, solve, scale, h)
+            failed = failed | lost
+            y = torch.add(base, self.K[i], alpha=self.tableau.diagonal)
+            if self.Q is not None:
+                integrand = at(y)[1]
+                torch.mul(integrand, column, out=self.Q[i])
+        return y, self.K[-1] / column, integrand, failed
+
+    def scale(self) -> Any:
+        """What the error of a stage's equation is measured in; with fixed steps, rounding."""
+        run, size = self.run, self.run.size
+        if run.tolerance.step_size is None:
+            return NEWTON * torch.add(run.atol, size, alpha=run.tolerance.rtol)
+        return 8 * torch.finfo(size.dtype).eps * (size + size.amax(-1, keepdim=True)) + 1e-300
+
+    def newton(self, at: Any, base: Any, z: Any, column: Any, solve: Any, scale: Any, h: Any) -> Any:
+        """z = h f(base + γ z), and which examples did not come to it.
+
+        The error left is that of a geometric series by the rate at which corrections shrink (Hairer and Wanner 1996,
+        IV.8), which the stages of a step have in common.
+        """
+        run, chosen, last = self.run, self.run.chosen, None
+        fixed = run.tolerance.step_size is not None
+        active, lost = run.going & (h != 0), run.nobody
+        for _ in range(2 * ITERATIONS if fixed else ITERATIONS):
+            slope, _ = at(torch.add(base, z, alpha=self.tableau.diagonal))
+            run.evaluations += 1
+            correction = solve(torch.addcmul(-z, slope, column))
+            size = run.norm(correction, scale)
+            z = z + correction if run.every(active) else torch.where(run.mask(active), z + correction, z)
+            if last is not None:
+                self.rate = size / run.most(last, 1e-300)
+            rate = 1.0 if self.rate is None else run.least(self.rate, 1.0)
+            left = size * rate / run.most(1 - rate, 1e-16)
+            small = (left <= 1) | (size <= 1e-2)
+            if fixed and last is not None:  # rounding: no more is to be had
+                small = small | ((size < 1e3) & (size >= 0.5 * last))
+            grows = run.unless(np.isfinite(size) if last is None else size < 2 * last)
+            lost = lost | (active & grows & run.unless(small))
+            active = active & run.unless(small | grows)
+            if not run.some(active):
+                break
+            last = chosen(size > 0, size, 1e-300)
+        return z, lost | active
+
+
+class Linear(Implicit):
+    """Rosenbrock stages: linear equations with one matrix."""
+
+    def __call__(self, t: Any, h: Any) -> tuple[Any, Any, Any, Any]:
+        """As of Stages."""
+        run, column, times, flat = self.run, *self.begin(t, h)
+        solve, tableau, w = self.factors(t, times[0], h), self.tableau, self.weights
+        slope = run.slope
+        drift = column**2 * self.drift
+        for i in range(tableau.stages):
+            if i > 0:
+                y = torch.addmv(flat, self.before[i], w.a[i]).view(run.shape)
+                slope, _ = run.f.slopes(t + tableau.c[i] * h, times[i], y)
+            right = torch.addcmul(tableau.drift[i] * drift, slope, column)
+            if i > 0:
+                right = right + torch.mv(self.before[i], w.inner[i]).view(run.shape)
+            self.K[i] = solve(tableau.diagonal * right)
+        y = run.y + self.sums(w.b[None])[0]
+        slope, integrand = run.f.slopes(t + h, run.column(t + h).view(-1), y)
+        run.evaluations += tableau.stages
+        return y, slope, integrand, run.nobody
+
+
+def stages(run: Any, tableau: Tableau | Rosenbrock) -> Stages:
+    """Those of this method."""
+    if isinstance(tableau, Rosenbrock):
+        return Linear(run, tableau)
+    return (Diagonal if tableau.implicit else Stages)(run, tableau)

@@ -1,0 +1,82 @@
+"""What an integration leaves: the steps with their polynomials, and the states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Trajectory:
+    """The steps taken, and the polynomial within each."""
+
+    starts: list[Any] = field(default_factory=list)  # (B,) each
+    ends: list[Any] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)  # y at the start, (B, n)
+    polynomials: list[Any] = field(default_factory=list)  # (degree, B, n)
+
+    def add(self, start: Any, end: Any, y: Any, polynomial: Any) -> None:
+        """One more step; an example that does not move has end = start."""
+        self.starts.append(start)
+        self.ends.append(end)
+        self.values.append(y)
+        self.polynomials.append(polynomial)
+
+    def close(self) -> Trajectory:
+        """Ready to be looked up; of two methods, with polynomials of one degree."""
+        degree = max(map(len, self.polynomials), default=0)
+        pad = torch.nn.functional.pad
+        self.polynomials = [pad(p, (0, 0, 0, 0, 0, degree - len(p))) for p in self.polynomials]
+        ends = np.array(self.ends).reshape(len(self.ends), -1).T  # (B, steps)
+        self.starts = list(np.array(self.starts).reshape(len(self.ends), -1))
+        self.ends = list(ends.T)
+        self.direction = np.sign(ends[:, -1] - self.starts[0])
+        self.knots = ends * self.direction[:, None]  # rising
+        return self
+
+    def __call__(self, time: Any) -> Any:
+        """y at times (B,)."""
+        t = np.reshape(time, -1)
+        steps = [
+            min(int(np.searchsorted(knots, s * at)), len(knots) - 1)
+            for s, knots, at in zip(self.direction, self.knots, t, strict=True)
+        ]
+        share = np.array([_share(self.starts[k][b], self.ends[k][b], t[b]) for b, k in enumerate(steps)])
+        if len(steps) == 1:
+            return within(self.values[steps[0]], self.polynomials[steps[0]], share)
+        values = torch.stack([self.values[k][b] for b, k in enumerate(steps)])
+        polynomials = torch.stack([self.polynomials[k][:, b] for b, k in enumerate(steps)], 1)
+        return within(values, polynomials, share)
+
+
+def _share(start: float, end: float, t: float) -> float:
+    return (t - start) / (end - start) if end != start else 0.0
+
+
+def within(y: Any, polynomial: Any, share: np.ndarray) -> Any:
+    """y + Σⱼ θʲ⁺¹ polynomialⱼ of states (B, n), at θ (B,)."""
+    degree = len(polynomial)
+    powers = share ** np.arange(1, degree + 1)[:, None]
+    if len(share) == 1:
+        row = torch.from_numpy(powers[:, 0]).to(y)
+        return torch.addmv(y.view(-1), polynomial.view(degree, -1).T, row).view(y.shape)
+    return y + (torch.from_numpy(powers).to(y)[:, :, None] * polynomial).sum(0)
+
+
+@dataclass
+class Solved:
+    """What an integration gives: states (B, T, n), not-a-number where not reached, and how it went, (B,) each."""
+
+    ys: Any
+    integrals: Any  # (B, m) or None
+    t: np.ndarray  # how far each example came, (B,)
+    y: Any  # and its state there
+    steps: np.ndarray  # accepted
+    rejected: np.ndarray
+    evaluations: int
+    status: np.ndarray
+    stiff: np.ndarray  # whether it ended by the method for stiff equations
+    trajectory: Trajectory | None
