@@ -47,21 +47,24 @@ def test_few_steps_where_an_equation_is_stiff(method):
     assert int(solution.stats["accepted"]) < 100
 
 
-@pytest.mark.parametrize("method", [*IMPLICIT, "auto"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow if m == "kvaerno3" else ()) for m in [*IMPLICIT, "auto"]],
+)
 def test_every_example_by_itself_in_torch(method):
     """A batch of stiff and other equations: the steps of each are those that it has alone."""
     fw = load("torch")
     f, y0, ts = forced(fw), fw.array([0.5]), fw.array([0.0, 0.7, 1.5])
-    run = lambda a: fw.gl.odeint(f, y0, ts, a, method=method, rtol=1e-4, atol=1e-6)
+    run = lambda a: fw.gl.odeint(f, y0, ts, a, method=method, rtol=1e-3, atol=1e-5)
     rates = fw.array([1.0, 3e4, 40.0])
     ys, stats, *_ = fw.vmap(lambda a: run(a)[:2])(rates)
     for i, a in enumerate(rates):
         alone = run(a)
-        assert np.allclose(fw.numpy(ys[i]), fw.numpy(alone.ys), rtol=1e-9)
+        assert np.allclose(fw.numpy(ys[i]), fw.numpy(alone.ys), rtol=1e-8)
         assert int(stats["accepted"][i]) == int(alone.stats["accepted"])
     loss = lambda a: (run(a).ys[1:] ** 2).sum()
     many = fw.vmap(fw.grad(loss))(rates)
-    assert np.allclose(fw.numpy(many), [float(fw.grad(loss)(a)) for a in rates], rtol=1e-6)
+    assert np.allclose(fw.numpy(many), [float(fw.grad(loss)(a)) for a in rates], rtol=1e-6, atol=1e-6)
 
 
 def test_the_switch_is_taken_once_and_only_where_needed():

@@ -56,10 +56,29 @@ def tracked(tensor: Any) -> bool:
     key, level = interpreter.key(), interpreter.level()
     if key == TransformType.Jvp and _has_tangent(tensor):
         return True
-    if maybe_get_level(tensor) == level:
-        tensor = get_unwrapped(tensor) if is_batchedtensor(tensor) else _unwrap_for_grad(tensor, level)
     with interpreter.lower():
-        return tracked(tensor)
+        return tracked(_lowered(tensor, level))
+
+
+def innermost(tensors: Any) -> str | None:
+    """The mode of the innermost derivative that is being taken of any of these: "forward", "reverse" or none."""
+    if not torch._C._are_functorch_transforms_active():
+        if any(t.requires_grad for t in tensors):
+            return "reverse"
+        return "forward" if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)) else None
+    interpreter = retrieve_current_functorch_interpreter()
+    if interpreter.key() == TransformType.Jvp and any(map(_has_tangent, tensors)):
+        return "forward"
+    if interpreter.key() == TransformType.Grad and any(t.requires_grad for t in tensors):
+        return "reverse"
+    with interpreter.lower():
+        return innermost([_lowered(t, interpreter.level()) for t in tensors])
+
+
+def _lowered(tensor: Any, level: int) -> Any:
+    if maybe_get_level(tensor) != level:
+        return tensor
+    return get_unwrapped(tensor) if is_batchedtensor(tensor) else _unwrap_for_grad(tensor, level)
 
 
 def without_tangents(tensors: Any) -> list[Any]:

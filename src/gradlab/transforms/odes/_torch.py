@@ -8,8 +8,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
 from gradlab._errors import InputError, KindError, StrategyError
-from gradlab.transforms.custom_rules._torch_levels import closed_over, tracked
+from gradlab.transforms.custom_rules._torch_levels import closed_over, innermost, tracked
 from gradlab.transforms.implicit_functions._torch_levels import Seen
+from gradlab.transforms.odes._torch_replay import replayed
 from gradlab.transforms.odes._torch_rules import Solve
 from gradlab.transforms.odes._torch_systems import UNFOLLOWED, Equation, Problem
 from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution, check_equation
@@ -37,7 +38,7 @@ def odeint(
     options = Options(
         method, adjoint, rtol, atol, step_size, 100_000 if max_steps is None else max_steps, throw
     )
-    if adjoint != "auto" or gradient_error or event is not None:
+    if gradient_error or event is not None:
         raise InputError("odeint: not there yet in this framework")
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
@@ -57,9 +58,14 @@ def odeint(
     look_at(equation, ts, y, tensors)
     params = [*tensors, *equation.closed]
     problem = Problem(equation, options, (False,) * len(params), equation.closed)
+    if innermost([ts, y, *params]) == "forward":
+        options.refuse_mode("forward")
     record = torch.is_grad_enabled() and any(x.requires_grad for x in (ts, y, *params))
     scales = torch.ones(1, dtype=y.dtype, device=y.device)
-    ys, info = Solve.apply(problem, record, scales, ts, y, *params)
+    if adjoint in ("direct", "checkpoint") and len(ts) > 1:
+        ys, info = replayed(problem, scales, ts, y, params)
+    else:
+        ys, info = Solve.apply(problem, record, scales, ts, y, *params)
     stats = {"evaluations": info[0], "accepted": info[1], "rejected": info[2]}
     return Solution(tree.put(tree.split(ys)), stats, info[3])
 

@@ -8,6 +8,7 @@ the pullback of A at w is (that of p ↦ T S(p, w) at u, T S(p, w)), as second d
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,11 @@ import numpy as np
 import torch
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from gradlab._errors import ConvergenceError, InputError
+from gradlab._errors import GradientWarning
 from gradlab.transforms.custom_rules._torch_levels import without_tangents
 from gradlab.transforms.linearised._torch import materialised
-from gradlab.transforms.odes._torch_stages import Field, jacobians
-from gradlab.transforms.odes._torch_steps import integrate
+from gradlab.transforms.odes._torch_passes import pull, solve
 from gradlab.transforms.odes._torch_systems import Problem
-from gradlab.transforms.odes._torch_trajectory import Solved
-from gradlab.transforms.odes.options import Status, Tolerance
 
 
 class Solve(torch.autograd.Function):
@@ -32,13 +30,7 @@ class Solve(torch.autograd.Function):
     def forward(problem: Problem, record: bool, scales: Any, ts: Any, y0: Any, *params: Any) -> Any:
         solved = solve(problem, scales, ts, y0, params, record)
         problem.latest = solved if record else None
-        counts = [
-            np.full_like(solved.status, solved.evaluations),
-            solved.steps,
-            solved.rejected,
-            solved.status,
-        ]
-        info = torch.from_numpy(np.stack(counts, -1)).to(y0.device)
+        info = counted(solved).to(y0.device)
         return (solved.ys, info) if problem.batch is not None else (solved.ys[0], info[0])
 
     @staticmethod
@@ -51,6 +43,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, us: Any, _: Any) -> Any:
+        ctx.problem.options.refuse_mode("reverse")
         scales, ts, y0, *params = map(ctx.problem.own, ctx.saved_tensors)
         wanted = tuple(i for i, need in enumerate(ctx.needs_input_grad[5:]) if need)
         timed = ctx.needs_input_grad[3]
@@ -91,7 +84,10 @@ class Adjoint(torch.autograd.Function):
         *params: Any,
     ) -> Any:
         solved = solved or solve(problem, scales, ts, y0, params, True)
-        return pull(problem, solved, timed, wanted, scales, us, ts, params)
+        out, suspect = pull(problem, solved, timed, wanted, scales, us, ts, params)
+        if suspect:
+            confirm(problem, scales, us, (ts, y0, *params), out[1] - us[..., 0, :])
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -145,6 +141,12 @@ class Adjoint(torch.autograd.Function):
         return split_examples(problem, folded, size, timed, wanted, out)
 
 
+def counted(solved: Any) -> Any:
+    """Evaluations, steps and rejections, and the status, of each example."""
+    evaluations = np.full_like(solved.status, solved.evaluations)
+    return torch.from_numpy(np.stack([evaluations, solved.steps, solved.rejected, solved.status], -1))
+
+
 def put(values: Sequence[Any], places: Sequence[int], some: Sequence[Any]) -> list[Any]:
     """The values with some others in these places."""
     values = list(values)
@@ -172,6 +174,34 @@ def tangent(problem: Problem, scales: Any, primals: Sequence[Any], moved: Sequen
     return ys, s
 
 
+def confirm(problem: Problem, scales: Any, us: Any, primals: Sequence[Any], a: Any) -> None:
+    """A warning, where the cotangent of y0 disagrees with the tangent along some direction by 100 times the tolerances.
+
+    So a jump of f in t, at which a · f jumps as well, is no reason for one.
+    """
+    v = direction(primals[1])
+    us = us.clone()
+    us[..., 0, :] = 0
+    along = us * tangent(problem, scales, primals, [None, v, *[None] * (len(primals) - 2)])[1]
+    off = (along.sum((-1, -2)) - (a * v).sum(-1)).abs()
+    asked = problem.options.tolerance(torch.finfo(us.dtype).eps)
+    sizes = along.abs().sum((-1, -2)) + (a * v).abs().sum(-1)
+    allowed = asked.rtol * sizes + asked.atol * us.abs().amax((-1, -2)) * v.abs().sum(-1)
+    if bool((off > 100 * allowed).any()):
+        warn(problem.options, float((off / sizes).nan_to_num(torch.inf).max()))
+
+
+def warn(options: Any, error: float) -> None:
+    """That the gradient is not known to the tolerances."""
+    warnings.warn(options.unresolved(error), GradientWarning, stacklevel=2)
+
+
+def direction(x: Any, seed: int = 0) -> Any:
+    """A random one, the same each time."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+
 def size(problem: Problem, xs: Sequence[Any], vs: Sequence[Any], moving: Sequence[int]) -> Any:
     """How large a direction is, (1,) or (B, 1): the largest entry, relative where that of the point is above one."""
     total: Any = 0.0
@@ -183,150 +213,6 @@ def size(problem: Problem, xs: Sequence[Any], vs: Sequence[Any], moving: Sequenc
         total = torch.maximum(largest, torch.zeros_like(largest) + total)
     total = torch.where(total > 0, total, 1.0)
     return total if problem.batch is not None else total[0]
-
-
-def solve(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any], record: bool) -> Solved:
-    """The system integrated, of plain tensors."""
-    one = problem.batch is None
-    y = y0.detach().reshape(problem.batch or 1, -1)
-    times = checked(ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]))
-    times = np.broadcast_to(times, (len(y), times.shape[1]))
-
-    def rates(t: Any, y: Any) -> Any:
-        slope = problem.rates(t, y[0] if one else y, params)
-        return slope[None] if one else slope
-
-    field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(rates, t, y))
-    solved = integrate(field, times, y, tolerance(problem, scales, y, record), record)
-    if problem.options.throw and solved.status.any():
-        raise failure(problem, solved, times)
-    return solved
-
-
-def tolerance(problem: Problem, scales: Any, y: Any, recorded: bool) -> Tolerance:
-    """Of a problem's state, whose parts have these scales."""
-    eps = torch.finfo(y.dtype).eps
-    if problem.parts == 1:
-        return problem.options.tolerance(eps, recorded=recorded)
-    scales = scales.reshape(-1, problem.parts).repeat_interleave(y.shape[1] // problem.parts, -1)
-    return problem.options.tolerance(eps, problem.parts, scales, recorded=recorded)
-
-
-def checked(ts: np.ndarray) -> np.ndarray:
-    """Times that rise or fall throughout."""
-    steps = np.diff(ts)
-    if not np.isfinite(ts).all() or not ((steps > 0).all(1) | (steps < 0).all(1)).all():
-        raise InputError(
-            "odeint: ts is not sorted, or holds a time twice; pass times that rise, or fall, throughout"
-        )
-    return ts
-
-
-def failure(problem: Problem, solved: Solved, times: np.ndarray) -> ConvergenceError:
-    """What is said of an integration that did not reach the last time."""
-    b = int(np.flatnonzero(solved.status)[0])
-    return ConvergenceError(
-        problem.options.unfinished(Status(int(solved.status[b])), float(solved.t[b]), solved.y[b].tolist())
-    )
-
-
-def pull(
-    problem: Problem,
-    solved: Solved,
-    timed: bool,
-    wanted: Sequence[int],
-    scales: Any,
-    us: Any,
-    ts: Any,
-    params: Sequence[Any],
-) -> Any:
-    """Cotangents of ts, y0 and the params wanted: the adjoint integrated backwards from jump to jump."""
-    one = problem.batch is None
-    us = us.detach().reshape(problem.batch or 1, *us.shape[-2:])
-    times = np.broadcast_to(
-        ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]), (len(us), ts.shape[-1])
-    )
-    flags, xs, leaves = list(problem.flags), [], []
-    for i, p in enumerate(params):
-        original = any(p is x for x in problem.closed)
-        if i in wanted and not (one and original and p.requires_grad):
-            p = p if one or flags[i] else p.expand(problem.batch, *p.shape)
-            p, flags[i] = p.detach().requires_grad_(), flags[i] or not one
-        xs.append(p if original or i in wanted else p.detach())
-    leaves = [xs[i] for i in wanted]
-
-    trajectory: Any = solved.trajectory
-
-    def rates(t: Any, y: Any) -> Any:
-        slope = problem.system.rates(t, y[0] if one else y, xs, flags)
-        return slope[None] if one else slope
-
-    def slopes(time: Any, t: Any, a: Any) -> Any:
-        with torch.enable_grad():
-            y = trajectory(time).requires_grad_()
-            slope = rates(t, y)
-            if not slope.requires_grad:
-                back: Any = [torch.zeros_like(x) for x in (y, *leaves)]
-            else:
-                back = torch.autograd.grad(slope, (y, *leaves), -a, materialize_grads=True)
-        if not leaves:
-            return back[0], None
-        return back[0], torch.cat([g.reshape(len(a), -1) for g in back[1:]], -1)
-
-    def transposed(time: Any, t: Any, _: Any) -> Any:
-        return -jacobians(rates, t, trajectory(time))[0].mT, None
-
-    field = Field(slopes, transposed)
-    state = lambda i: solved.ys[0, i] if one else solved.ys[:, i]
-    ends = lambda i: problem.rates(torch.tensor(times[:, i]).to(us), state(i), params)
-    along = tolerance_backwards(problem, scales, us)
-    a, total, last, stiff = torch.zeros_like(us[:, 0]), 0.0, us.shape[1] - 1, solved.stiff
-    dts = torch.zeros_like(us[..., 0])
-    for i in range(last, 0, -1):
-        u = us[:, i]
-        if timed:
-            dts[:, i] = (u * ends(i)).sum(-1)
-        a = a + u
-        if not bool(a.any()):
-            continue
-        back = integrate(field, times[:, [i, i - 1]], a, along, stiff=stiff)
-        if problem.options.throw and back.status.any():
-            raise failure(problem, back, times)
-        a, stiff = back.ys[:, -1], back.stiff
-        total = total if back.integrals is None else total + back.integrals
-    if timed:
-        dts[:, 0] = -(a * ends(0)).sum(-1)
-    dts = dts if ts.ndim == 2 else dts.sum(0)
-    dts = dts.to(ts) if timed else us.new_zeros(())
-    dy0 = a + us[:, 0]
-    grads = split_params(problem, wanted, params, total, one)
-    return dts, (dy0[0] if one else dy0), *grads
-
-
-def split_params(problem: Problem, wanted: Any, params: Any, total: Any, one: bool) -> list[Any]:
-    """The integrals (B, m) as cotangents of the params wanted; of one that the examples share, their sum."""
-    grads, start = [], 0
-    for i in wanted:
-        p = params[i]
-        each = p.shape[1:] if problem.flags[i] else p.shape
-        n = each.numel()
-        if isinstance(total, float):
-            grads.append(torch.zeros_like(p))
-        else:
-            g = total[:, start : start + n]
-            grads.append((g if problem.flags[i] else g.sum(0)).reshape(p.shape).to(p))
-        start += n
-    return grads
-
-
-def tolerance_backwards(problem: Problem, scales: Any, us: Any) -> Tolerance:
-    """Of the adjoint, in units of the cotangent: a part of the state in units c has an adjoint in units of 1 / c."""
-    parts = us.reshape(len(us), us.shape[1], problem.parts, -1).abs().amax((1, 3))  # (B, parts)
-    scales = scales.reshape(-1, problem.parts).to(us)
-    unit = (parts * scales).amax(1, keepdim=True)
-    adjoint = torch.where(unit > 0, unit, 1.0) / scales
-    each = adjoint.repeat_interleave(us.shape[2] // problem.parts, -1)
-    return problem.options.tolerance(torch.finfo(us.dtype).eps, problem.parts, each, backward=True)
 
 
 def fold(problem: Problem, size: int, dims: Sequence[Any], tensors: Sequence[Any], first: int) -> Any:

@@ -19,12 +19,13 @@ STIFF, STEPS, OTHERS = 3.25, 15, 6
 
 
 def integrate(
-    f: Field, ts: np.ndarray, y: Any, tolerance: Tolerance, record: bool = False, stiff: Any = None
+    f: Field, ts: np.ndarray, y: Any, tolerance: Tolerance, record: Any = False, stiff: Any = None
 ) -> Solved:
     """Integrate from states y (B, n) at ts[:, 0] along times ts (B, T).
 
-    Each example has step sizes of its own; one that is finished stays. Those that are `stiff` (B,), or are seen to be,
-    go on by the other method when the rest has finished.
+    `record` keeps the trajectory, or "steps" its times alone. Each example has step sizes of its own; one that is
+    finished stays. Those that are `stiff` (B,), or are seen to be, go on by the other method when the rest has
+    finished.
     """
     with torch.no_grad(), np.errstate(all="ignore"):
         run = Run(f, ts, y, tolerance, record, stiff)
@@ -44,9 +45,9 @@ class Run:
     costs as much for one number as for a hundred, and several times what Python does.
     """
 
-    def __init__(self, f: Field, ts: np.ndarray, y: Any, tolerance: Tolerance, record: bool, stiff: Any):
+    def __init__(self, f: Field, ts: np.ndarray, y: Any, tolerance: Tolerance, record: Any, stiff: Any):
         self.f, self.y, self.tolerance = f, y.contiguous(), tolerance
-        self.tableau = tolerance.tableau
+        self.tableau: Any = tolerance.tableau
         self.shape = B, n = y.shape
         self.one = B == 1
         pairs: Any = (min, max, bool, bool) if self.one else (np.minimum, np.maximum, np.all, np.any)
@@ -62,11 +63,15 @@ class Run:
         self.evaluations, self.tries, self.moves = 0, 0, 0
         self.nobody: Any = False if self.one else np.zeros(B, dtype=bool)
         self.stiff: Any = self.nobody if stiff is None else bool(stiff[0]) if self.one else stiff
-        self.signs, self.others = (self.numbers(np.zeros(B)) for _ in range(2))  # of stiffness, and steps without
+        self.signs, self.others = (
+            self.numbers(np.zeros(B)) for _ in range(2)
+        )  # of stiffness, and steps without
         self.ys = y.new_full((B, ts.shape[1], n), torch.nan)
         self.ys[:, 0] = y
-        self.trajectory = Trajectory() if record else None
+        self.trajectory = Trajectory(whole=record != "steps") if record else None
+        self.switched: int | None = None
         self.slope, self.integrand = self.at(self.t, y)
+        self.first = self.slope
         self.integrals = None if self.integrand is None else torch.zeros_like(self.integrand)
         self.stages = stages(self, self.tableau)
         self.atol = torch.as_tensor(tolerance.atol, dtype=y.dtype, device=y.device)
@@ -83,6 +88,7 @@ class Run:
 
     def change(self) -> None:
         """To the method for stiff equations."""
+        self.switched = len(self.trajectory.ends) if self.trajectory is not None else None
         self.tableau = self.tolerance.stiff
         self.stages = stages(self, self.tableau)
         self.going = self.stiff & (self.t != self.end)
@@ -148,7 +154,9 @@ class Run:
         after = self.chosen(self.going, after, t)
         h = after - t
         y, slope, integrand, failed = self.stages(t, h)
-        size, error, ratio = y.abs(), 0.0, 0.0
+        size = y.abs()
+        error: Any = 0.0
+        ratio: Any = 0.0
         if self.tolerance.step_size is None:
             scale = torch.add(self.atol, torch.maximum(self.size, size), alpha=self.tolerance.rtol)
             error, *ends = self.norms(self.stages.sums(self.stages.weights.error), scale)
@@ -157,7 +165,7 @@ class Run:
         else:
             error = 0 * (self.norm(y, 1.0) + self.norm(slope, 1.0))
         error = self.chosen(error < np.inf, error, np.inf)
-        error = self.chosen(failed, 4.0**self.tableau.order, error)
+        error = self.chosen(failed & (error < np.inf), 4.0**self.tableau.order, error)
         kept = (error <= 1) & self.going
         self.record(kept, t, after, y)
         self.move(kept, after, y, slope, integrand, size)
@@ -180,7 +188,7 @@ class Run:
         """The values at those of ts that lie in the steps kept, and the steps themselves if asked for."""
         polynomial = None
         if self.trajectory is not None and self.some(kept):
-            polynomial = self.stages.polynomial()
+            polynomial = self.stages.polynomial() if self.trajectory.whole else None
             self.trajectory.add(t, self.chosen(kept, after, t), self.y, polynomial)
         for b in range(self.shape[0]):
             keep, start, end = (kept, t, after) if self.one else (kept[b], t[b], after[b])
@@ -205,7 +213,7 @@ class Run:
         integrals = self.integrals
         if integrals is not None:
             integrals = integrals + torch.tensordot(self.stages.weights.b, self.stages.Q, 1)
-        new = y, slope, size, integrand, integrals
+        new: Any = y, slope, size, integrand, integrals
         if not self.every(kept):
             old, mask = (self.y, self.slope, self.size, self.integrand, self.integrals), self.mask(kept)
             new = tuple(None if x is None else torch.where(mask, x, z) for x, z in zip(new, old, strict=True))
@@ -252,5 +260,7 @@ class Run:
             self.evaluations,
             whole(self.status),
             np.reshape(self.stiff, -1),
+            self.switched,
+            self.first,
             trajectory,
         )

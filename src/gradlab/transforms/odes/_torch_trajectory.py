@@ -17,13 +17,15 @@ class Trajectory:
     ends: list[Any] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)  # y at the start, (B, n)
     polynomials: list[Any] = field(default_factory=list)  # (degree, B, n)
+    whole: bool = True  # else the times alone
 
     def add(self, start: Any, end: Any, y: Any, polynomial: Any) -> None:
         """One more step; an example that does not move has end = start."""
         self.starts.append(start)
         self.ends.append(end)
-        self.values.append(y)
-        self.polynomials.append(polynomial)
+        if self.whole:
+            self.values.append(y)
+            self.polynomials.append(polynomial)
 
     def close(self) -> Trajectory:
         """Ready to be looked up; of two methods, with polynomials of one degree."""
@@ -79,4 +81,6 @@ class Solved:
     evaluations: int
     status: np.ndarray
     stiff: np.ndarray  # whether it ended by the method for stiff equations
+    switched: int | None  # how many of the steps of the trajectory came before that
+    first: Any  # the slope at the start, (B, n)
     trajectory: Trajectory | None

@@ -156,6 +156,20 @@ class Options:
             "below the rounding"
         )
 
+    def astray(self, distance: float) -> str:
+        """What is said of a state that was integrated backwards and did not come back."""
+        return (
+            f"odeint: y integrated backwards misses y0 by {distance:.2g} times the tolerances, so the cotangents are "
+            "wrong; pass adjoint='auto', which has y from the forward steps"
+        )
+
+    def unresolved(self, error: float) -> str:
+        """What is said of a gradient that is not as good as the tolerances."""
+        return (
+            f"odeint: the gradient is off by {error:.1g} of itself, more than 100 times the tolerances; pass smaller "
+            "ones, or a method for stiff equations"
+        )
+
     def tolerance(
         self, eps: float, parts: int = 1, scales: Any = 1.0, *, recorded: bool = False, backward: bool = False
     ) -> Tolerance:

@@ -481,8 +481,8 @@ KVAERNO3 = Tableau(
     dense=hermite((*_KVAERNO3[2:], _G)),
 )
 
-# The polynomial is the cubic through both ends with their slopes: its stages are of order 2 themselves, so that one made
-# of all of them (of order 4 where nothing is stiff) is ten times as far off where an equation is stiff.
+# The polynomial is the cubic through both ends with their slopes: the stages are of order 2 themselves, so that one
+# made of all of them (of order 4 where nothing is stiff) is ten times as far off where an equation is stiff.
 _KVAERNO5 = (
     (0.13855640231268224, 0, -0.04245337201752043, 0.02446657898003141, 0.61943039072480676),
     (

@@ -1,0 +1,252 @@
+"""The two integrations, of plain tensors: forwards, and of the adjoint backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradlab._errors import ConvergenceError, InputError
+from gradlab.transforms.odes._torch_stages import Field, jacobians
+from gradlab.transforms.odes._torch_steps import integrate
+from gradlab.transforms.odes._torch_systems import Problem
+from gradlab.transforms.odes._torch_trajectory import Solved
+from gradlab.transforms.odes.options import Status, Tolerance
+
+
+def solve(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any], record: Any) -> Solved:
+    """The system integrated, of plain tensors."""
+    one = problem.batch is None
+    y = y0.detach().reshape(problem.batch or 1, -1)
+    times = checked(ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]))
+    times = np.broadcast_to(times, (len(y), times.shape[1]))
+
+    def rates(t: Any, y: Any) -> Any:
+        slope = problem.rates(t, y[0] if one else y, params)
+        return slope[None] if one else slope
+
+    field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(rates, t, y))
+    keep = record and (record == "steps" or problem.options.adjoint != "backsolve")
+    solved = integrate(field, times, y, tolerance(problem, scales, y, record is True), keep)
+    if problem.options.throw and solved.status.any():
+        raise failure(problem, solved, times)
+    return solved
+
+
+def tolerance(problem: Problem, scales: Any, y: Any, recorded: bool) -> Tolerance:
+    """Of a problem's state, whose parts have these scales."""
+    eps = torch.finfo(y.dtype).eps
+    if problem.parts == 1:
+        return problem.options.tolerance(eps, recorded=recorded)
+    scales = scales.reshape(-1, problem.parts).repeat_interleave(y.shape[1] // problem.parts, -1)
+    return problem.options.tolerance(eps, problem.parts, scales, recorded=recorded)
+
+
+def checked(ts: np.ndarray) -> np.ndarray:
+    """Times that rise or fall throughout."""
+    steps = np.diff(ts)
+    if not np.isfinite(ts).all() or not ((steps > 0).all(1) | (steps < 0).all(1)).all():
+        raise InputError(
+            "odeint: ts is not sorted, or holds a time twice; pass times that rise, or fall, throughout"
+        )
+    return ts
+
+
+def failure(problem: Problem, solved: Solved, times: np.ndarray) -> ConvergenceError:
+    """What is said of an integration that did not reach the last time."""
+    b = int(np.flatnonzero(solved.status)[0])
+    return ConvergenceError(
+        problem.options.unfinished(Status(int(solved.status[b])), float(solved.t[b]), solved.y[b].tolist())
+    )
+
+
+class Backward:
+    """The adjoint's equation a' = -(∂f/∂y)ᵀ a beside the integrals of the params' cotangents.
+
+    y comes from the polynomials of the forward steps, or (backsolve) is integrated as a second half of the state.
+    """
+
+    def __init__(self, problem: Problem, solved: Solved, wanted: Sequence[int], params: Sequence[Any]):
+        self.problem, self.one = problem, problem.batch is None
+        self.trajectory = solved.trajectory
+        flags, self.xs = list(problem.flags), []
+        for i, p in enumerate(params):
+            original = any(p is x for x in problem.closed)
+            if i in wanted and not (self.one and original and p.requires_grad):
+                p = p if self.one or flags[i] else p.expand(problem.batch, *p.shape)
+                p, flags[i] = p.detach().requires_grad_(), flags[i] or not self.one
+            self.xs.append(p if original or i in wanted else p.detach())
+        self.leaves = [self.xs[i] for i in wanted]
+        self.flags = tuple(flags)
+        self.field = Field(self.slopes, self.jacobians)
+        self.timed = True  # whether f depends on t, as far as is known
+
+    def rates(self, t: Any, y: Any) -> Any:
+        """f."""
+        slope = self.problem.system.rates(t, y[0] if self.one else y, self.xs, self.flags)
+        return slope[None] if self.one else slope
+
+    def split(self, time: Any, a: Any) -> tuple[Any, Any]:
+        """a and y, of a state."""
+        return (a, self.trajectory(time)) if self.trajectory is not None else a.chunk(2, -1)
+
+    def slopes(self, time: Any, t: Any, state: Any) -> Any:
+        """Those of the state, and the integrands: of the params, and of t if f depends on it."""
+        a, y = self.split(time, state)
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            t = t.requires_grad_() if self.timed else t
+            slope = self.rates(t, y)
+            inputs = (y, *self.leaves, t) if self.timed else (y, *self.leaves)
+            if not slope.requires_grad:
+                back: Any = [None] * len(inputs)
+            else:
+                back = torch.autograd.grad(slope, inputs, -a, allow_unused=True)
+        if self.timed and back[-1] is None:
+            self.timed, inputs, back = False, inputs[:-1], back[:-1]
+        back = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, back, strict=True)]
+        moved = back[0] if self.trajectory is not None else torch.cat([back[0], slope.detach()], -1)
+        if len(back) == 1:
+            return moved, None
+        rows = [g.reshape(len(a), -1) for g in back[1:]]
+        return moved, rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+
+    def jacobians(self, time: Any, t: Any, state: Any) -> Any:
+        """That of a, -Jᵀ; of a second half J, without how it moves the first, which comes after it in any iteration."""
+        _, y = self.split(time, state)
+        J, _ = jacobians(self.rates, t, y)
+        if self.trajectory is not None:
+            return -J.mT, None
+        zeros = torch.zeros_like(J)
+        return torch.cat([torch.cat([-J.mT, zeros], -1), torch.cat([zeros, J], -1)], -2), None
+
+
+def pull(
+    problem: Problem,
+    solved: Solved,
+    timed: bool,
+    wanted: Sequence[int],
+    scales: Any,
+    us: Any,
+    ts: Any,
+    params: Sequence[Any],
+) -> Any:
+    """Cotangents of ts, y0 and the params wanted: the adjoint integrated backwards from jump to jump.
+
+    And whether there is reason to doubt them.
+    """
+    one = problem.batch is None
+    us = us.detach().reshape(problem.batch or 1, *us.shape[-2:])
+    times = np.broadcast_to(
+        ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]), (len(us), ts.shape[-1])
+    )
+    backward = Backward(problem, solved, wanted, params)
+    states = solved.ys.expand(len(us), *solved.ys.shape[1:])
+    ends = lambda i: problem.rates(
+        torch.tensor(times[:, i]).to(us), states[0, i] if one else states[:, i], params
+    )
+    along = tolerance_backwards(problem, scales, us)
+    check = Check(problem, us) if problem.parts == 1 else None
+    backsolve = backward.trajectory is None
+    if backsolve:
+        along = with_state(problem, scales, states, along)
+    a, total, stiff, y = torch.zeros_like(us[:, 0]), 0.0, solved.stiff, states[:, -1]
+    dts, suspect = torch.zeros_like(us[..., 0]), False
+    for i in range(us.shape[1] - 1, 0, -1):
+        u = us[:, i]
+        a = a + u
+        moving = bool(a.any())
+        if timed or (check and moving):
+            with torch.no_grad():
+                slope = ends(i)
+            dts[:, i] = (u * slope).sum(-1)
+        if not moving and not backsolve:
+            continue
+        state = torch.cat([a, y], -1) if backsolve else a
+        back = integrate(backward.field, times[:, [i, i - 1]], state, along, stiff=stiff)
+        if problem.options.throw and back.status.any():
+            raise failure(problem, back, times)
+        if check:
+            check.jump(back.first[:, : a.shape[1]], states[:, i])
+        state, stiff = back.ys[:, -1], back.stiff
+        a, y = state.chunk(2, -1) if backsolve else (state, y)
+        total = total if back.integrals is None else total + back.integrals
+    if backsolve:
+        a = returned(problem, scales, y, states[:, 0], a)
+    if timed or check:
+        with torch.no_grad():
+            slope = ends(0)
+        dts[:, 0] = -(a * slope).sum(-1)
+        if check:
+            drift = total[:, -1] if backward.timed and not isinstance(total, float) else 0.0
+            suspect = check.fails(dts.sum(-1) - drift, a, slope)
+    dts = dts if ts.ndim == 2 else dts.sum(0)
+    dts = dts.to(ts) if timed else us.new_zeros(())
+    dy0 = a + us[:, 0]
+    grads = split_params(problem, wanted, params, total, one)
+    return (dts, (dy0[0] if one else dy0), *grads), suspect
+
+
+def split_params(problem: Problem, wanted: Any, params: Any, total: Any, one: bool) -> list[Any]:
+    """The integrals (B, m) as cotangents of the params wanted; of one that the examples share, their sum."""
+    grads, start = [], 0
+    for i in wanted:
+        p = params[i]
+        each = p.shape[1:] if problem.flags[i] else p.shape
+        n = each.numel()
+        if isinstance(total, float):
+            grads.append(torch.zeros_like(p))
+        else:
+            g = total[:, start : start + n]
+            grads.append((g if problem.flags[i] else g.sum(0)).reshape(p.shape).to(p))
+        start += n
+    return grads
+
+
+def tolerance_backwards(problem: Problem, scales: Any, us: Any) -> Tolerance:
+    """Of the adjoint, in units of the cotangent: a part of the state in units c has an adjoint in units of 1 / c."""
+    parts = us.reshape(len(us), us.shape[1], problem.parts, -1).abs().amax((1, 3))  # (B, parts)
+    scales = scales.reshape(-1, problem.parts).to(us)
+    unit = (parts * scales).amax(1, keepdim=True)
+    adjoint = torch.where(unit > 0, unit, 1.0) / scales
+    each = adjoint.repeat_interleave(us.shape[2] // problem.parts, -1)
+    return problem.options.tolerance(torch.finfo(us.dtype).eps, problem.parts, each, backward=True)
+
+
+def with_state(problem: Problem, scales: Any, us: Any, along: Tolerance) -> Tolerance:
+    """That of the adjoint with the state as a second half."""
+    own = tolerance(problem, scales, us[:, 0], False)
+    atol = torch.as_tensor(own.atol).to(us).expand_as(us[:, 0])
+    return replace(along, atol=torch.cat([along.atol.expand_as(atol), atol], -1), parts=2 * along.parts)
+
+
+def returned(problem: Problem, scales: Any, y: Any, y0: Any, a: Any) -> Any:
+    """a, if y has come back to y0; else an error, or not-a-number."""
+    own = tolerance(problem, scales, y0, False)
+    off = ((y - y0) / (own.atol + own.rtol * y0.abs())).square().mean(-1).sqrt()
+    astray = ~(off <= 1000)
+    if problem.options.throw and bool(astray.any()):
+        raise ConvergenceError(problem.options.astray(float(off.nan_to_num(torch.inf).max())))
+    return torch.where(astray[:, None], torch.nan, a)
+
+
+class Check:
+    """Whether cotangents can be right: a · f changes by ∫ a · ∂f/∂t dt alone, as f itself is a tangent."""
+
+    def __init__(self, problem: Problem, us: Any):
+        self.asked = problem.options.tolerance(torch.finfo(us.dtype).eps)
+        self.least = self.asked.atol * us.abs().amax((1, 2))
+        self.allowed: Any = 0.0
+
+    def jump(self, first: Any, y: Any) -> None:
+        """How well a · f is known at a jump, from the adjoint's slope there and a state within the tolerances."""
+        self.allowed = self.allowed + (first.abs() * (self.asked.rtol * y.abs() + self.asked.atol)).sum(-1)
+
+    def fails(self, change: Any, a: Any, slope: Any) -> bool:
+        """Whether the change left unexplained is more than 100 times the tolerances."""
+        size = (a * slope).abs().sum(-1)
+        allowed = self.allowed + self.asked.rtol * size + self.least * slope.abs().sum(-1)
+        return bool((change.abs() > 100 * allowed).any())

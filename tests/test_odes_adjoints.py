@@ -1,0 +1,93 @@
+"""Every adjoint of odeint under every nest of modes: its closed form, or a refusal by name."""
+
+import numpy as np
+import pytest
+
+from frameworks import load
+from gradlab import ConvergenceError, StrategyError
+from test_odes import NESTS, X, exact, nests, solved
+
+READY = ["torch"]  # frameworks
+ADJOINTS = ["interpolating", "forward", "backsolve", "direct", "checkpoint"]  # auto: test_odes.py
+QUICK = {
+    ("interpolating", "grad"),
+    ("interpolating", "jvp"),
+    ("forward", "jvp"),
+    ("forward", "vmap of grad"),
+    ("forward", "jacfwd of jacfwd"),
+    ("backsolve", "grad"),
+    ("backsolve", "vmap of grad"),
+    ("backsolve", "jacrev of jacfwd"),
+    ("direct", "jvp"),
+    ("direct", "jacrev of jacrev"),
+    ("direct", "vmap of jacfwd of jacrev"),
+    ("checkpoint", "jacrev of jacrev"),
+    ("checkpoint", "vmap of grad"),
+}
+CELLS = [
+    pytest.param(framework, adjoint, nest, marks=() if quick else pytest.mark.slow)
+    for framework in READY
+    for adjoint in ADJOINTS
+    for nest in NESTS
+    for quick in [framework == "torch" and (adjoint, nest) in QUICK]
+]
+
+
+def refused(adjoint, nest):
+    """What a method cannot serve by its nature: forward mode next to the solve, or reverse mode anywhere."""
+    reverse = "grad" in nest or "jacrev" in nest
+    if adjoint == "forward":
+        return reverse
+    innermost_forward = nest.endswith(("jvp", "jacfwd"))
+    return innermost_forward if adjoint in ("interpolating", "backsolve") else False
+
+
+@pytest.mark.parametrize(("framework", "adjoint", "nest"), CELLS)
+def test_matrix(framework, adjoint, nest):
+    fw = load(framework)
+    x = fw.array(X)
+    run = nests(fw, solved(fw, adjoint=adjoint, rtol=1e-9, atol=1e-11))[nest]
+    if refused(adjoint, nest):
+        with pytest.raises(StrategyError, match=f"adjoint='{adjoint}' is of .*pass adjoint='auto'"):
+            run(x)
+        return
+    found, expected = fw.numpy(run(x)), fw.numpy(nests(fw, exact(fw))[nest](x))
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-8 * np.abs(expected).max()
+
+
+def decayed(fw, rate, **options):
+    """The derivative of exp(-rate) y0 with respect to y0, and to the rate."""
+    f = lambda t, y, k: -k * y
+    run = lambda x: fw.gl.odeint(f, x[:1], fw.array([0.0, 1.0]), x[1], rtol=1e-6, atol=1e-8, **options).ys[
+        -1, 0
+    ]
+    return fw.numpy(fw.grad(run)(fw.array([1.0, rate])))
+
+
+@pytest.mark.parametrize("framework", READY)
+def test_a_state_that_does_not_come_back(framework):
+    """What decayed below the tolerances does not grow back to y0, and that is said."""
+    fw = load(framework)
+    with pytest.raises(ConvergenceError, match=r"y integrated backwards misses y0.*adjoint='auto'"):
+        decayed(fw, 40.0, adjoint="backsolve")
+    assert np.isnan(decayed(fw, 40.0, adjoint="backsolve", throw=False)[0])
+    assert np.allclose(decayed(fw, 2.0, adjoint="backsolve"), np.exp(-2.0) * np.array([1, -1]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("framework", READY)
+@pytest.mark.parametrize("adjoint", ["direct", pytest.param("checkpoint", marks=pytest.mark.slow)])
+def test_implicit_steps(framework, adjoint):
+    """The steps of an implicit method, with a derivative in the times, of examples that end at different steps."""
+    fw = load(framework)
+    f = lambda t, y, a: -a * (y - fw.xp.sin(t)) * y
+    options = {"method": "kvaerno5", "rtol": 1e-5, "atol": 1e-7}
+
+    def loss(x, adjoint):
+        ys = fw.gl.odeint(f, x[:1], x[1:4], x[4], adjoint=adjoint, **options).ys
+        return (ys[1:] ** 2).sum()
+
+    xs = fw.array([[0.5, 0.0, 0.4, 1.0, 2.0], [0.6, 0.1, 0.5, 0.9, 30.0]])
+    found = fw.numpy(fw.vmap(fw.grad(lambda x: loss(x, adjoint)))(xs))
+    expected = fw.numpy(fw.vmap(fw.grad(lambda x: loss(x, "auto")))(xs))
+    assert np.allclose(found, expected, rtol=1e-3, atol=1e-4)
