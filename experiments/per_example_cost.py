@@ -398,12 +398,14 @@ def _bars(axis: Any, rows: list[dict[str, Any]]) -> None:
         places.append(y)
     for ((_, strategy), value), y in zip(bars, places, strict=True):
         axis.barh(y, value, 0.85, color=COLOURS[strategy])
-        axis.annotate(f"{value:.2g}" if value < 10 else f"{value:.0f}", (value, y), (3, 0), fontsize=8,
-                      textcoords="offset points", va="center")  # fmt: skip
+        axis.annotate(f"{value:.3g}", (value, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(places, [f"{result}: {strategy}" for (result, strategy), _ in bars])
-    axis.set_xscale("log")
     values = [value for _, value in bars]
-    axis.set_xlim(0.5 * min(1, *values), 2.5 * max(values))
+    if max(values) > 10:
+        axis.set_xscale("log")
+        axis.set_xlim(0.5 * min(1, *values), 3 * max(values))
+    else:
+        axis.set_xlim(0, 1.15 * max(values))
     axis.axvline(1, color="0.5", lw=0.8)
     axis.set_xlabel(f"time / one gradient of the batch of {timed['batch']}", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ class Pass:
         one = lambda use: lambda x, dy: jax.linear_transpose(lambda w: use.of_leaf(x, w), w)(dy)[0]
         parts = [jax.vmap(one(use))(x, dy) for use, x, dy in self.of(leaf)]
         parts += [self.formed[leaf]] if leaf in self.formed else []
-        return sum(parts) if parts else jnp.zeros((self.size, *w.shape), w.dtype)
+        return reduce(jnp.add, parts) if parts else jnp.zeros((self.size, *w.shape), w.dtype)
 
     def weighted(self, leaf: int, weights: Any) -> Any:
         """Σₙ weightsₙ gradientₙ; an example of weight zero counts for nothing, be it infinite or not a number."""
