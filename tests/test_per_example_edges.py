@@ -74,6 +74,21 @@ def test_bad_bounds(fw, bound):
         fw.gl.clipped_grad(loss, params, *batch, max_norm=bound)
 
 
+def test_a_bad_bound_that_is_traced_gives_no_number(fw):
+    loss, params, batch = problem(fw)
+    clip = lambda C: fw.gl.clipped_grad(loss, params, *batch, max_norm=C)[0]["v"]
+    bad, good = fw.numpy(quick(fw, fw.vmap(clip))(fw.array(np.array([-1.0, 1.0]))))
+    assert np.isnan(bad).all()
+    np.testing.assert_allclose(good, fw.numpy(clip(1.0)), rtol=1e-12)
+
+
+def test_the_longest_gradient_may_be_no_number(fw):
+    x = fw.array(np.array([1.0, np.nan, 3.0]))
+    longest, indices, _ = fw.gl.per_example_top_k(lambda w, x: w * x, fw.array(1.0), x, k=2)
+    np.testing.assert_array_equal(fw.numpy(indices), [1, 2])
+    np.testing.assert_array_equal(fw.numpy(longest), [np.nan, 3.0])
+
+
 def test_other_bad_options(fw):
     loss, params, batch = problem(fw)
     clip = lambda **options: fw.gl.clipped_grad(loss, params, *batch, **{"max_norm": 1.0, **options})

@@ -241,7 +241,7 @@ def per_example_top_k(
 
     Returns:
         `(norms, indices, gradients)`: norms (k,) from the largest down, the numbers (k,) of the examples, and a tree
-        like params with a leading axis k.
+        like params with a leading axis k. Norms that are not a number come first.
 
     Raises:
         InputError: k is not between 1 and N; and as for `per_example_grads`.

@@ -164,8 +164,8 @@ def clipped_grad(
         than 1.8e19, the square of which overflows.
 
     Raises:
-        InputError: max_norm is not a positive finite number, an unknown clipping, a mask that does not fit; and as
-            for `per_example_grads`.
+        InputError: max_norm is not a positive finite number (where it is traced, the sum is NaN), an unknown
+            clipping, a mask that does not fit; and as for `per_example_grads`.
         KindError, BackendError: as for `per_example_grads`.
 
     Cost:

@@ -247,6 +247,7 @@ def squared(found: Pass) -> Leaves:
 
 def factors(by_leaf: Sequence[Any], norm: Any, max_norm: Any, clipping: str) -> list[Any]:
     """By what each example's gradient is multiplied, leaf by leaf; zero if it is not finite."""
+    max_norm = jnp.where((max_norm > 0) & (max_norm < jnp.inf), max_norm, jnp.nan)  # if it is traced
     if clipping == "per_leaf":
         bound = max_norm / len(by_leaf) ** 0.5
         every = [jnp.minimum(1, bound / jnp.where(n == 0, 1, n)) for n in by_leaf]

@@ -233,6 +233,8 @@ def squared(found: Pass) -> Leaves:
 
 def factors(by_leaf: Sequence[Any], norm: Any, max_norm: Any, clipping: str) -> list[Any]:
     """By what each example's gradient is multiplied, leaf by leaf; zero if it is not finite."""
+    if isinstance(max_norm, torch.Tensor):  # which may be traced
+        max_norm = torch.where((max_norm > 0) & (max_norm < torch.inf), max_norm, torch.nan)
     if clipping == "per_leaf":
         bound = max_norm / len(by_leaf) ** 0.5
         every = [(bound / torch.where(n == 0, 1, n)).clamp(max=1) for n in by_leaf]
