@@ -101,6 +101,7 @@ def modules():
     for kind in (nn.LSTM, nn.GRU, nn.RNN):
         yield kind.__name__, model(kind(3, 4, batch_first=True), draw(N, 5, 3), keep=True)
     yield "deep LSTM, both ways", model(nn.LSTM(3, 2, 2, bidirectional=True), draw(N, 4, 3))
+    yield "LSTM with a projection", model(nn.LSTM(3, 4, 2, proj_size=2, bidirectional=True), draw(N, 4, 3))
     yield "GRU without bias", model(nn.GRU(3, 2, bias=False), draw(N, 4, 3))
     cell = Of(lambda m, x: m.b(x[1], m.a(x[0])[0]), a=nn.LSTMCell(3, 4), b=nn.GRUCell(3, 4))
     yield "cells", model(cell, draw(N, 2, 3))

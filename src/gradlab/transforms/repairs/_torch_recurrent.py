@@ -48,22 +48,22 @@ def layer(
     """All layers and directions of a recurrent network over its time axis: (output, *last states)."""
     time = 1 if batch_first and input.ndim == 3 else 0
     each, directions = 4 if has_biases else 2, 1 + bidirectional
-    if len(weights) != each * num_layers * directions:
-        raise NotImplementedError(
-            "an LSTM with proj_size has no written-out form here; project its output by a Linear"
-        )
+    projected = len(weights) == (each + 1) * num_layers * directions  # an LSTM with proj_size
+    each += projected
     ends: list[Any] = []
     for i in range(num_layers):
         outputs = []
         for reverse in range(directions):
             k = i * directions + reverse
             w_ih, w_hh, *b = weights[each * k : each * (k + 1)]
+            w_hr = b.pop() if projected else None
             b_ih, b_hh = b or (None, None)
             parts = linear(input, w_ih, b_ih).unbind(time)
             h = tuple(s[k] for s in state)
             hs = []
             for part in reversed(parts) if reverse else parts:
                 h = step(part, h, w_hh, b_hh)
+                h = h if w_hr is None else (linear(h[0], w_hr), *h[1:])
                 hs.append(h[0])
             outputs.append(torch.stack(hs[::-1] if reverse else hs, time))
             ends.append(h)
