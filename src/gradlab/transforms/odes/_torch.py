@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
-from gradlab._errors import InputError, KindError, StrategyError
-from gradlab.transforms.custom_rules._torch_levels import closed_over, innermost, tracked
+from gradlab._errors import KindError, StrategyError
+from gradlab.transforms.custom_rules._torch_levels import base, closed_over, innermost, tracked
 from gradlab.transforms.implicit_functions._torch_levels import Seen
-from gradlab.transforms.odes._torch_replay import replayed
-from gradlab.transforms.odes._torch_rules import Solve
+from gradlab.transforms.odes._torch_events import until
+from gradlab.transforms.odes._torch_replay import states
+from gradlab.transforms.odes._torch_rules import direction, tangent, warn
 from gradlab.transforms.odes._torch_systems import UNFOLLOWED, Equation, Problem
 from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution, check_equation
 from gradlab.transforms.repairs._torch import Level, Repair, repaired
@@ -38,8 +40,6 @@ def odeint(
     options = Options(
         method, adjoint, rtol, atol, step_size, 100_000 if max_steps is None else max_steps, throw
     )
-    if gradient_error or event is not None:
-        raise InputError("odeint: not there yet in this framework")
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
     ts = times(ts, tree)
@@ -55,19 +55,43 @@ def odeint(
 
     y = tree.ravel(tree.leaves)
     equation = Equation(f, form(tree), put, [])
-    look_at(equation, ts, y, tensors)
+    look_at(equation, event, ts, y, tensors)
     params = [*tensors, *equation.closed]
     problem = Problem(equation, options, (False,) * len(params), equation.closed)
     if innermost([ts, y, *params]) == "forward":
         options.refuse_mode("forward")
     record = torch.is_grad_enabled() and any(x.requires_grad for x in (ts, y, *params))
     scales = torch.ones(1, dtype=y.dtype, device=y.device)
-    if adjoint in ("direct", "checkpoint") and len(ts) > 1:
-        ys, info = replayed(problem, scales, ts, y, params)
+    if event is None:
+        (ys, info), time = states(problem, record, scales, ts, y, params), None
     else:
-        ys, info = Solve.apply(problem, record, scales, ts, y, *params)
+        ys, info, time = until(problem, event, scales, ts, y, params, record)
     stats = {"evaluations": info[0], "accepted": info[1], "rejected": info[2]}
-    return Solution(tree.put(tree.split(ys)), stats, info[3])
+    error = discrepancy(problem, scales, ts, y, params) if gradient_error else None
+    return Solution(tree.put(tree.split(ys)), stats, info[3], error, time)
+
+
+def discrepancy(problem: Problem, scales: Any, ts: Any, y: Any, params: list[Any]) -> Any:
+    """How far cotangents, by the adjoint asked for, are from the tangent along a random direction, of their sizes."""
+    options = problem.options
+    both = (
+        replace(problem, options=replace(options, adjoint="auto"))
+        if options.adjoint == "forward"
+        else problem
+    )
+    ts, *xs = (x.detach() for x in (ts, y, *params))
+    vs = [direction(x, i) * torch.where(x == 0, 1.0, x.abs()) for i, x in enumerate(xs)]
+    pulled: Any = torch.func.vjp(lambda *xs: states(both, True, scales, ts, xs[0], xs[1:])[0], *xs)
+    u = direction(pulled[0], len(xs))
+    moved = tangent(problem, scales, (ts, *xs), [None, *vs])[1]
+    back = sum((g * v).sum() for g, v in zip(pulled[1](u), vs, strict=True))
+    size = torch.linalg.vector_norm
+    error = (((back - (u * moved).sum()).abs()) / (size(u) * size(moved))).detach()
+    asked = options.tolerance(torch.finfo(y.dtype).eps).rtol
+    largest = float(base(error).max())
+    if largest > 100 * asked:
+        warn(options, largest)
+    return error
 
 
 def form(tree: Tree) -> Tree:
@@ -89,15 +113,17 @@ def times(ts: Any, tree: Tree) -> Any:
     return (ts if ts.is_floating_point() else ts.to(torch.float64)).to(tree.leaves[0].device)
 
 
-def look_at(equation: Equation, ts: Any, y: Any, tensors: list[Any]) -> None:
+def look_at(equation: Equation, event: Any, ts: Any, y: Any, tensors: list[Any]) -> None:
     """Run f once: for the tensors that it closes over, for faulty operations, and for what it returns."""
     t, repair = ts[0].detach().to(y.dtype), Repair(Level.ALL)
     given, y = [x.detach() for x in tensors], y.detach()
     with torch.no_grad(), Seen([t, y, *given]) as seen, repair:
         equation(t, y, *given)
+        if event is not None:
+            equation.value(event, t, y, *given)
     if repair.names:
         equation.f = repaired(equation.f)
-    closed = {id(x): x for x in [*seen.closed, *closed_over(equation.f)]}
+    closed = {id(x): x for x in [*seen.closed, *closed_over([equation.f, event])]}
     equation.closed += [x for x in closed.values() if is_functorch_wrapped_tensor(x) or tracked(x)]
     if any(map(tracked, equation.closed)) or torch.is_grad_enabled():
         with torch.enable_grad():

@@ -17,11 +17,13 @@ from gradlab.transforms.odes._torch_trajectory import Solved
 from gradlab.transforms.odes.options import Status, Tolerance
 
 
-def solve(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any], record: Any) -> Solved:
+def solve(
+    problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any], record: Any, event: Any = None
+) -> Solved:
     """The system integrated, of plain tensors."""
     one = problem.batch is None
     y = y0.detach().reshape(problem.batch or 1, -1)
-    times = checked(ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]))
+    times = checked(problem, ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]))
     times = np.broadcast_to(times, (len(y), times.shape[1]))
 
     def rates(t: Any, y: Any) -> Any:
@@ -30,7 +32,11 @@ def solve(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any]
 
     field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(rates, t, y))
     keep = record and (record == "steps" or problem.options.adjoint != "backsolve")
-    solved = integrate(field, times, y, tolerance(problem, scales, y, record is True), keep)
+    along = tolerance(problem, scales, y, record is True)
+    meets = None
+    if event is not None:
+        meets = lambda t, y: problem.system.rates(t, y[0] if one else y, params, problem.flags, event)
+    solved = integrate(field, times, y, along, keep, event=meets)
     if problem.options.throw and solved.status.any():
         raise failure(problem, solved, times)
     return solved
@@ -45,9 +51,11 @@ def tolerance(problem: Problem, scales: Any, y: Any, recorded: bool) -> Toleranc
     return problem.options.tolerance(eps, problem.parts, scales, recorded=recorded)
 
 
-def checked(ts: np.ndarray) -> np.ndarray:
+def checked(problem: Problem, ts: np.ndarray) -> np.ndarray:
     """Times that rise or fall throughout."""
     steps = np.diff(ts)
+    if problem.repeats:
+        return ts
     if not np.isfinite(ts).all() or not ((steps > 0).all(1) | (steps < 0).all(1)).all():
         raise InputError(
             "odeint: ts is not sorted, or holds a time twice; pass times that rise, or fall, throughout"

@@ -14,7 +14,7 @@ import torch
 from gradlab.transforms.custom_rules._torch_levels import tracked
 from gradlab.transforms.implicit_functions._torch import root
 from gradlab.transforms.odes._torch_passes import solve
-from gradlab.transforms.odes._torch_rules import counted, fold, unfold
+from gradlab.transforms.odes._torch_rules import Solve, counted, fold, unfold
 from gradlab.transforms.odes._torch_systems import Problem
 from gradlab.transforms.odes.tableaux import RK4
 from gradlab.transforms.rules._torch import checkpoint
@@ -125,19 +125,27 @@ class Replay:
             y, slope = end, slope_end
         return y, slope, [ys[j] for j in own]
 
-    def flowed(self, t: Any, y: Any, h: Any, params: Sequence[Any]) -> Any:
-        """The state after h = 0, whose derivatives in t and h are those of the flow, to the fourth order."""
-        slopes: list[Any] = []
-        for c, row in zip(RK4.c[:-1], RK4.a[:-1], strict=True):
-            at = y + h * combined(row, slopes) if slopes else y
-            slopes.append(self.system(t + c * h, at, *params))
-        return y + h * combined(RK4.b[:-1], slopes)
+
+def flowed(system: Any, t: Any, y: Any, h: Any, params: Sequence[Any]) -> Any:
+    """The state after h = 0, whose derivatives in t and h are those of the flow, to the fourth order."""
+    slopes: list[Any] = []
+    for c, row in zip(RK4.c[:-1], RK4.a[:-1], strict=True):
+        at = y + h * combined(row, slopes) if slopes else y
+        slopes.append(system(t + c * h, at, *params))
+    return y + h * combined(RK4.b[:-1], slopes)
 
 
 def combined(row: Sequence[Any], slopes: Sequence[Any]) -> Any:
     """A sum of slopes with these weights."""
     terms = [w * k for w, k in zip(row, slopes, strict=False) if not (isinstance(w, (int, float)) and w == 0)]
     return sum(terms[1:], terms[0])
+
+
+def states(problem: Problem, record: bool, scales: Any, ts: Any, y0: Any, params: Sequence[Any]) -> Any:
+    """The states at ts and the counts, with derivatives by the adjoint asked for."""
+    if problem.options.adjoint in ("direct", "checkpoint") and len(ts) > 1:
+        return replayed(problem, scales, ts, y0, params)
+    return Solve.apply(problem, record, scales, ts, y0, *params)
 
 
 def replayed(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any]) -> tuple[Any, Any]:
@@ -150,7 +158,7 @@ def replayed(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[A
     replay, moving, times = Replay(problem.system, methods), tracked(ts), ts.to(y0)
     y, t = y0, times[0]
     if moving:  # the steps start where they did
-        y, t = replay.flowed(t, y, t.detach() - t, params), t.detach()
+        y, t = flowed(problem.system, t, y, t.detach() - t, params), t.detach()
     slope = problem.system(t, y, *params)
     places = numbered(notes.index, len(methods))
     direct = problem.options.adjoint == "direct"
@@ -167,7 +175,7 @@ def replayed(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[A
             ys[j] = ys[j] + x
     if moving:
         later = zip(times[1:], ys[1:], strict=True)
-        ys = [y0, *(replay.flowed(t.detach(), y, t - t.detach(), params) for t, y in later)]
+        ys = [y0, *(flowed(problem.system, t.detach(), y, t - t.detach(), params) for t, y in later)]
     return torch.stack(ys), counts
 
 

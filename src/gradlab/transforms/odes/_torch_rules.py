@@ -198,8 +198,7 @@ def warn(options: Any, error: float) -> None:
 
 def direction(x: Any, seed: int = 0) -> Any:
     """A random one, the same each time."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    return torch.from_numpy(np.array(np.random.default_rng(seed).standard_normal(tuple(x.shape)))).to(x)
 
 
 def size(problem: Problem, xs: Sequence[Any], vs: Sequence[Any], moving: Sequence[int]) -> Any:

@@ -19,7 +19,13 @@ STIFF, STEPS, OTHERS = 3.25, 15, 6
 
 
 def integrate(
-    f: Field, ts: np.ndarray, y: Any, tolerance: Tolerance, record: Any = False, stiff: Any = None
+    f: Field,
+    ts: np.ndarray,
+    y: Any,
+    tolerance: Tolerance,
+    record: Any = False,
+    stiff: Any = None,
+    event: Any = None,
 ) -> Solved:
     """Integrate from states y (B, n) at ts[:, 0] along times ts (B, T).
 
@@ -28,7 +34,7 @@ def integrate(
     finished.
     """
     with torch.no_grad(), np.errstate(all="ignore"):
-        run = Run(f, ts, y, tolerance, record, stiff)
+        run = Run(f, ts, y, tolerance, record, stiff, event)
         while run.some(run.going):
             run.step()
         if run.some(run.stiff):
@@ -45,10 +51,13 @@ class Run:
     costs as much for one number as for a hundred, and several times what Python does.
     """
 
-    def __init__(self, f: Field, ts: np.ndarray, y: Any, tolerance: Tolerance, record: Any, stiff: Any):
+    def __init__(
+        self, f: Field, ts: np.ndarray, y: Any, tolerance: Tolerance, record: Any, stiff: Any, event: Any
+    ):
         self.f, self.y, self.tolerance = f, y.contiguous(), tolerance
         self.tableau: Any = tolerance.tableau
-        self.shape = B, n = y.shape
+        self.shape = y.shape
+        B = len(y)
         self.one = B == 1
         pairs: Any = (min, max, bool, bool) if self.one else (np.minimum, np.maximum, np.all, np.any)
         self.least, self.most, self.every, self.some = pairs
@@ -66,14 +75,17 @@ class Run:
         self.signs, self.others = (
             self.numbers(np.zeros(B)) for _ in range(2)
         )  # of stiffness, and steps without
-        self.ys = y.new_full((B, ts.shape[1], n), torch.nan)
-        self.ys[:, 0] = y
+        here = torch.from_numpy(np.array(ts == ts[:, :1])).to(y.device)
+        self.ys = torch.where(here[..., None], y[:, None], torch.nan)
         self.trajectory = Trajectory(whole=record != "steps") if record else None
         self.switched: int | None = None
         self.slope, self.integrand = self.at(self.t, y)
         self.first = self.slope
         self.integrals = None if self.integrand is None else torch.zeros_like(self.integrand)
         self.stages = stages(self, self.tableau)
+        self.event, self.events, self.sign = event, np.full(B, np.inf), np.zeros(B)
+        if event is not None:
+            self.sign = self.signs_of(ts[:, 0], y)
         self.atol = torch.as_tensor(tolerance.atol, dtype=y.dtype, device=y.device)
         self.size = y.abs()
         bad = ~np.isfinite(self.norm(self.slope, 1.0))
@@ -168,12 +180,34 @@ class Run:
         error = self.chosen(failed & (error < np.inf), 4.0**self.tableau.order, error)
         kept = (error <= 1) & self.going
         self.record(kept, t, after, y)
+        met = self.nobody if self.event is None else self.look(kept, t, after, y)
         self.move(kept, after, y, slope, integrand, size)
         if self.tolerance.stiff is self.tableau or self.tolerance.stiff is None:
             ratio = None
         self.control(kept, error, h)
         if ratio is not None:
             self.watch(kept, ratio)
+        self.going = self.going & self.unless(met)
+
+    def signs_of(self, time: Any, y: Any) -> Any:
+        """Those of the event, (B,)."""
+        times = np.reshape(np.asarray(time, dtype=float), -1)
+        return np.sign(self.event(torch.tensor(times).to(y), y).detach().cpu().double().numpy().reshape(-1))
+
+    def look(self, kept: Any, t: Any, after: Any, y: Any) -> Any:
+        """Which examples met the event in this step; its time by halving the polynomial's part of it."""
+        sign = self.signs_of(after, y)
+        met = np.reshape(kept, -1) & (self.sign != 0) & (sign != self.sign)
+        if met.any():
+            polynomial, length = self.stages.polynomial(), np.reshape(after, -1) - np.reshape(t, -1)
+            low, high = np.zeros(len(met)), np.ones(len(met))
+            for _ in range(52):
+                middle = (low + high) / 2
+                now = self.signs_of(t + middle * length, within(self.y, polynomial, middle))
+                low, high = np.where(now == self.sign, middle, low), np.where(now == self.sign, high, middle)
+            self.events = np.where(met, t + high * length, self.events)
+        self.sign = np.where(kept, sign, self.sign)
+        return bool(met[0]) if self.one else met
 
     def watch(self, kept: Any, ratio: Any) -> None:
         """Whether the steps kept are those of a stiff equation."""
@@ -262,5 +296,6 @@ class Run:
             np.reshape(self.stiff, -1),
             self.switched,
             self.first,
+            self.events,
             trajectory,
         )

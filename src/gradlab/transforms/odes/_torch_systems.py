@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from gradlab._errors import StrategyError
+from gradlab._errors import InputError, StrategyError
 from gradlab.transforms.implicit_functions._torch import like
 from gradlab.transforms.implicit_functions._torch_levels import Substituted, looks_at_numbers
 from gradlab.transforms.odes.options import Options
@@ -36,30 +37,53 @@ class Equation:
 
     def __call__(self, t: Any, y: Any, *params: Any) -> Any:
         """The flat slope of one example."""
+        return self.call(self.f, self.flat, t, y, *params)
+
+    def flat(self, slope: Any) -> Any:
+        """What f returned, as one vector."""
+        return self.tree.ravel(like(self.tree, "f's output", slope))
+
+    def value(self, event: Callable[..., Any], t: Any, y: Any, *params: Any) -> Any:
+        """That of an event."""
+        return self.call(event, scalar, t, y, *params)
+
+    def call(self, f: Callable[..., Any], then: Callable[[Any], Any], t: Any, y: Any, *params: Any) -> Any:
+        """A function of one example, of the state as a tree."""
         own = len(params) - len(self.closed)
         others = [(x, p) for x, p in zip(self.closed, params[own:], strict=True) if x is not p]
         with Substituted(*zip(*others, strict=True)) if others else nullcontext():
             leaves = self.tree.split(y) if len(self.tree.leaves) > 1 else [y.view(self.tree.leaves[0].shape)]
             try:
-                slope = self.f(t, self.tree.put(leaves), *self.put(params[:own]))
+                out = f(t, self.tree.put(leaves), *self.put(params[:own]))
             except RuntimeError as error:
                 if "INTERNAL ASSERT" in str(error):  # of a level that is not at work here
                     raise StrategyError(UNFOLLOWED) from error
                 raise
-            return self.tree.ravel(like(self.tree, "f's output", slope))
+            return then(out)
 
-    def rates(self, t: Any, y: Any, params: Sequence[Any], flags: Sequence[bool]) -> Any:
-        """The slopes of one example, or of a batch: then y is (B, n) and t (B,)."""
+    def rates(self, t: Any, y: Any, params: Sequence[Any], flags: Sequence[bool], of: Any = None) -> Any:
+        """The slopes of one example, or of a batch: then y is (B, n) and t (B,); or, of an event, its values."""
+        run = self if of is None else partial(self.value, of)
         if y.ndim == 1:
-            return self(t.view(()), y, *params)
+            return run(t.view(()), y, *params)
         dims = [0 if flag else None for flag in flags]
         try:
-            return torch.func.vmap(self, (0, 0, *dims), randomness="same")(t, y, *params)
+            return torch.func.vmap(run, (0, 0, *dims), randomness="same")(t, y, *params)
         except RuntimeError as error:
             if not looks_at_numbers(error):
                 raise
-        of = lambda b: [p[b] if flag else p for p, flag in zip(params, flags, strict=True)]
-        return torch.stack([self(t[b], y[b], *of(b)) for b in range(len(y))])
+        row = lambda b: [p[b] if flag else p for p, flag in zip(params, flags, strict=True)]
+        return torch.stack([run(t[b], y[b], *row(b)) for b in range(len(y))])
+
+
+def scalar(value: Any) -> Any:
+    """What an event returned."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.is_floating_point():
+        return value.reshape(())
+    what = (
+        f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    )
+    raise InputError(f"odeint: event returns {what}; return a float scalar, whose sign changes at the event")
 
 
 @dataclass(eq=False)
@@ -123,6 +147,7 @@ class Problem:
     parts: int = 1  # of the state
     batch: int | None = None
     latest: Any = None  # how it was last solved, for the pullback
+    repeats: bool = False  # whether times may be the same as the ones before
 
     def rates(self, t: Any, y: Any, params: Sequence[Any]) -> Any:
         """The slopes at (t, y)."""

@@ -83,4 +83,5 @@ class Solved:
     stiff: np.ndarray  # whether it ended by the method for stiff equations
     switched: int | None  # how many of the steps of the trajectory came before that
     first: Any  # the slope at the start, (B, n)
+    events: np.ndarray  # when each example met the event, or infinity
     trajectory: Trajectory | None
