@@ -1,6 +1,7 @@
 """adapt, meta_grad and bilevel_grad: closed forms, differences, every method and optimiser, and what is refused."""
 
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import gradlab
 from frameworks import arrays, flat, load
 from gradlab import ConvergenceError, InputError, KindError, StrategyError, check
+from gradlab.transforms.meta.plan import Method
 
 rng = np.random.default_rng(0)
 NET = {"b": rng.normal(size=4) / 2, "v": rng.normal(size=(4, 1)) / 2, "w": rng.normal(size=(2, 4))}
@@ -82,6 +84,38 @@ def test_the_whole_pipeline_agrees_in_both_frameworks_and_with_differences(name)
     total = meta_loss(fw, problem, **how)
     check.derivatives(total, problem.params, order=1, vmap=False).raise_if_failed()
     np.testing.assert_allclose(found["torch"][:-1], flat(fw, fw.grad(total)(problem.params)), atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [*get_args(Method)])
+def test_every_method_agrees_in_both_frameworks(method):
+    """With a mask, integers, chunks that do not divide the tasks, a state, and its derivative in a rate of the loss."""
+    found, implicit = {}, method == "implicit"
+    how = {"truncate": {"last": 2}, "implicit": {"proximal": 1.0}}.get(method, {})
+    how |= {"mask": {"v": True, "w": False, "b": True, "n": False}, "steps": 200 if implicit else 3}
+
+    def derivatives(fw):
+        net = network(fw)
+
+        def loss(params, *state_and_data):
+            *state, x, y = state_and_data
+            value = net.loss(params, x, y) * params["n"]
+            return (value * (1 + state[0]), state[0] / 2) if state else value
+
+        state = {} if implicit else {"state": fw.array(np.array([0.1, 0.2, 0.3]))}
+        optimizer = fw.gl.optimizers.sgd(0.05) if implicit else fw.gl.optimizers.sgd(0.1, 0.9)
+        run = lambda params: fw.gl.meta_value_and_grad(
+            loss, loss, params, net.tasks, optimizer=optimizer, chunk_size=2, method=method, **state, **how
+        )
+        params, n = dict(net.params), fw.array(np.array(2))
+        both = lambda params: run({**params, "n": n})[1]
+        again = fw.grad(lambda params: sum((g**2).sum() for k, g in both(params).items() if k != "n"))
+        return [flat(fw, jit(fw, f)(params)) for f in (both, again)]
+
+    for framework in ("jax", "torch"):
+        found[framework] = derivatives(load(framework))
+    for a, b in zip(found["torch"], found["jax"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 if not implicit else 1e-8)
 
 
 @pytest.mark.slow
