@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from frameworks import load
-from gradlab import ConvergenceError, StrategyError
+from frameworks import FRAMEWORKS, load
+from gradlab import StrategyError
 from test_odes import NESTS, X, exact, nests, solved
 
-READY = ["torch"]  # frameworks
 ADJOINTS = ["interpolating", "forward", "backsolve", "direct", "checkpoint"]  # auto: test_odes.py
 QUICK = {
     ("interpolating", "grad"),
@@ -24,18 +23,26 @@ QUICK = {
     ("checkpoint", "jacrev of jacrev"),
     ("checkpoint", "vmap of grad"),
 }
+QUICK_JAX = {("interpolating", "jvp"), ("checkpoint", "jvp"), ("direct", "grad"), ("backsolve", "grad")}
 CELLS = [
     pytest.param(framework, adjoint, nest, marks=() if quick else pytest.mark.slow)
-    for framework in READY
+    for framework in FRAMEWORKS
     for adjoint in ADJOINTS
     for nest in NESTS
-    for quick in [framework == "torch" and (adjoint, nest) in QUICK]
+    for quick in [(adjoint, nest) in (QUICK if framework == "torch" else QUICK_JAX)]
 ]
 
 
-def refused(adjoint, nest):
+def refused(framework, adjoint, nest):
     """What a method cannot serve by its nature: forward mode next to the solve, or reverse mode anywhere."""
     reverse = "grad" in nest or "jacrev" in nest
+    if (framework, adjoint) == ("jax", "checkpoint"):  # diffrax's, of reverse mode and once
+        return nest.removeprefix("vmap of ").removesuffix(" of vmap") not in (
+            "value",
+            "vmap",
+            "grad",
+            "jacrev",
+        )
     if adjoint == "forward":
         return reverse
     innermost_forward = nest.endswith(("jvp", "jacfwd"))
@@ -46,8 +53,9 @@ def refused(adjoint, nest):
 def test_matrix(framework, adjoint, nest):
     fw = load(framework)
     x = fw.array(X)
-    run = nests(fw, solved(fw, adjoint=adjoint, rtol=1e-9, atol=1e-11))[nest]
-    if refused(adjoint, nest):
+    run = nests(fw, solved(fw, adjoint=adjoint, method="tsit5", rtol=1e-9, atol=1e-11))[nest]
+    run = fw.compile(run) if framework == "jax" else run
+    if refused(framework, adjoint, nest):
         with pytest.raises(StrategyError, match=f"adjoint='{adjoint}' is of .*pass adjoint='auto'"):
             run(x)
         return
@@ -65,17 +73,17 @@ def decayed(fw, rate, **options):
     return fw.numpy(fw.grad(run)(fw.array([1.0, rate])))
 
 
-@pytest.mark.parametrize("framework", READY)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_state_that_does_not_come_back(framework):
     """What decayed below the tolerances does not grow back to y0, and that is said."""
     fw = load(framework)
-    with pytest.raises(ConvergenceError, match=r"y integrated backwards misses y0.*adjoint='auto'"):
+    with pytest.raises(RuntimeError, match=r"y integrated backwards misses y0.*adjoint='auto'"):
         decayed(fw, 40.0, adjoint="backsolve")
     assert np.isnan(decayed(fw, 40.0, adjoint="backsolve", throw=False)[0])
     assert np.allclose(decayed(fw, 2.0, adjoint="backsolve"), np.exp(-2.0) * np.array([1, -1]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("framework", READY)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("adjoint", ["direct", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_implicit_steps(framework, adjoint):
     """The steps of an implicit method, with a derivative in the times, of examples that end at different steps."""

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from frameworks import load
+from frameworks import FRAMEWORKS, load
 from gradlab import ConvergenceError
 from gradlab.bench.ode_problems import EQUATIONS
 from gradlab.transforms.odes.tableaux import METHODS
 
-READY = ["torch"]  # frameworks
 IMPLICIT = [name for name, tableau in METHODS.items() if tableau.implicit]
 
 
@@ -80,11 +79,11 @@ def test_the_switch_is_taken_once_and_only_where_needed():
 
 CASES = [
     pytest.param(framework, name, method, tolerance, marks=() if quick else pytest.mark.slow)
-    for framework in READY
-    for name in ("robertson",)
+    for framework in FRAMEWORKS
+    for name in ("robertson", "hires")
     for method in ("kvaerno5", "rodas5p", "auto")
     for tolerance in (1e-4, 1e-7)
-    for quick in [framework == "torch" and name == "robertson" and tolerance == 1e-4]
+    for quick in [name == "robertson" and tolerance == 1e-4 and (framework == "torch" or method == "auto")]
 ]
 
 

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gradlab._errors import ConvergenceError, InputError, KindError
+from gradlab._errors import ConvergenceError, GradientWarning, InputError, KindError
 from gradlab.transforms.implicit_functions._jax import like
-from gradlab.transforms.odes._jax_rules import Equation, Problem, solve
+from gradlab.transforms.odes._jax_events import until
+from gradlab.transforms.odes._jax_recorded import checkpoint, direct
+from gradlab.transforms.odes._jax_rules import Equation, Problem, dot, solve, tangent
 from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution, Status, check_equation
 from gradlab.transforms.trees._jax import Tree
 
@@ -31,30 +36,32 @@ def odeint(
 ) -> Solution:
     """diffrax solves; two functions that are each other's derivatives, of the system and of those of its tangents."""
     options = Options(method, adjoint, rtol, atol, step_size, 4096 if max_steps is None else max_steps, throw)
-    if (
-        options.tableau.implicit
-        or adjoint != "auto"
-        or method == "auto"
-        or gradient_error
-        or event is not None
-    ):
-        raise InputError("odeint: not there yet in this framework")
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
     ts = times(ts)
     args = jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "__array__") else x, args)
     t, y = ts[0], tree.put(tree.leaves)
-    if closes_over_tracers(f, t, y, args):
-        f = eqx.filter_closure_convert(f, t, y, *args)
     refuse_unlike(tree, jax.eval_shape(lambda: f(t, y, *args)))
-    moving, rest = eqx.partition((f, args), eqx.is_inexact_array)
+    if event is not None:
+        refuse_event(event, lambda: event(t, y, *args))
+    convert = lambda g: (
+        eqx.filter_closure_convert(g, t, y, *args) if closes_over_tracers(g, t, y, args) else g
+    )
+    moving, rest = eqx.partition(
+        (convert(f), event if event is None else convert(event), args), eqx.is_inexact_array
+    )
     arrays, static = eqx.partition(rest, eqx.is_array)
 
     (params, kind), (constants, rest) = jax.tree.flatten(moving), jax.tree.flatten(static)
     problem = Problem(Equation(tree.spec, kind, tuple(constants), rest), options)
-    ys, counts, status = solve(problem, ts, tree.leaves, params, arrays)
-    ys, status = finished(options, ys, status)
-    return Solution(tree.put(ys), counts, status)
+    event_time = None
+    if event is not None:
+        ts, event_time = until(problem, ts, tree.leaves, params, arrays)
+    by: Any = {"direct": direct, "checkpoint": checkpoint}.get(adjoint, solve)
+    ys, counts, status, reached = by(problem, ts, tree.leaves, params, arrays)
+    ys, status = finished(options, ys, status, reached)
+    off = disagreement(by, problem, ts, tree.leaves, params, arrays) if gradient_error else None
+    return Solution(tree.put(ys), counts, status, off, event_time)
 
 
 def times(ts: Any) -> Any:
@@ -98,17 +105,67 @@ def refuse_unlike(tree: Tree, slope: Any) -> None:
     like(tree, "f's output", zeros)
 
 
-def finished(options: Options, ys: Any, status: Any) -> Any:
+def refuse_event(event: Any, call: Callable[[], Any]) -> None:
+    """Refuse an event that is no function to one float."""
+    if not callable(event):
+        raise KindError(f"odeint: event is a {type(event).__name__}; pass a function event(t, y, *args)")
+    found = jax.tree.leaves(jax.eval_shape(call))
+    if len(found) != 1 or found[0].shape or not jnp.issubdtype(found[0].dtype, jnp.floating):
+        kind = ", ".join(f"shape {x.shape}" for x in found)
+        raise InputError(
+            f"odeint: event returns of {kind}; return a float scalar, whose change of sign is the event"
+        )
+
+
+def finished(options: Options, ys: Any, status: Any, reached: Any) -> Any:
     """The states, if the last time was reached; else as asked."""
     if not options.throw:
+        return ys, status
+    bad = status != Status.DONE
+    if not isinstance(bad, jax.core.Tracer):
+        if bad:
+            t, leaves = reached
+            y = [float(x) for leaf in leaves for x in jnp.ravel(leaf)[:9]]
+            raise ConvergenceError(options.unfinished(Status(int(status)), float(t), y))
         return ys, status
     message = (
         f"odeint: the last time was not reached within max_steps = {options.max_steps} steps, or no step was small "
         "enough, or f is not finite; raise max_steps or the tolerances, or pass throw=False and look at status"
     )
-    bad = status != Status.DONE
-    if not isinstance(bad, jax.core.Tracer):
-        if bad:
-            raise ConvergenceError(message)
-        return ys, status
     return eqx.error_if(ys, bad, message), status
+
+
+def disagreement(by: Any, problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> Any:
+    """|⟨A u, v⟩ - ⟨u, T S v⟩| / (|u| |T S v|) of a random u and v, whose entries are as large as the point's."""
+    point = jax.lax.stop_gradient((ts, y0, params))
+    if problem.options.adjoint == "forward":
+        problem = replace(problem, options=replace(problem.options, adjoint="auto"))
+    ys, pull = jax.vjp(lambda *point: by(problem, *point, arrays)[0], *point)
+    key = jax.random.key(0)
+    u = drawn(jax.random.fold_in(key, 0), ys)
+    v = jax.tree.map(
+        lambda r, x: r * jnp.where(x == 0, 1, x), drawn(jax.random.fold_in(key, 1), point), point
+    )
+    moved = tangent(replace(problem, inner=True), (*point, arrays), v)[1]
+    off = jnp.abs(dot(pull(u), v) - dot(u, moved)) / jnp.sqrt(dot(u, u) * dot(moved, moved))
+    off = jax.lax.stop_gradient(off)
+    asked = problem.integrator(y0[0].dtype).tolerance.rtol
+    if isinstance(off, jax.core.Tracer):
+        jax.debug.callback(lambda off: unresolved(problem.options, off, asked), off)
+    else:
+        unresolved(problem.options, off, asked)
+    return off
+
+
+def drawn(key: Any, tree: Any) -> Any:
+    """Normal numbers like the leaves of a tree."""
+    leaves, spec = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    found = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(spec, found)
+
+
+def unresolved(options: Options, off: Any, asked: float) -> None:
+    """Warn of a gradient that is not as good as the tolerances."""
+    if not np.all(off <= 100 * asked):
+        warnings.warn(options.unresolved(float(np.max(off))), GradientWarning, stacklevel=2)

@@ -11,10 +11,18 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def paired(forward: Callable[..., Any], transpose: Callable[..., Any], at: Any, v: Any, like: Any) -> Any:
+def paired(
+    forward: Callable[..., Any],
+    transpose: Callable[..., Any],
+    at: Any,
+    v: Any,
+    like: Any,
+    again: Callable[..., Any] | None = None,
+) -> Any:
     """forward(at, v), linear in v and a tree like `like`, whose transpose is `transpose(at, u)`.
 
-    The derivative in `at` is forward's own. Neither is traced before it is needed.
+    The derivative in `at` is forward's own. Neither is traced before it is needed. `again` is the transpose of the
+    transpose, where that is not `forward` itself.
     """
     at_leaves, at_spec = jax.tree.flatten(at)
     v_leaves, v_spec = jax.tree.flatten(v)
@@ -29,7 +37,7 @@ def paired(forward: Callable[..., Any], transpose: Callable[..., Any], at: Any, 
 
         return run
 
-    maps = flat(forward, v_spec), flat(transpose, out_spec)
+    maps = flat(forward, v_spec), flat(transpose, out_spec), flat(again or forward, v_spec)
     avals = tuple(jax.core.ShapedArray(y.shape, y.dtype) for y in out_leaves)
     out = paired_p.bind(*at_leaves, *v_leaves, count=n, maps=maps, avals=avals)
     return jax.tree.unflatten(out_spec, out)
@@ -76,7 +84,7 @@ def transposed(cts: Any, *leaves: Any, count: int, maps: Any, avals: Any) -> Any
     at, vs = leaves[:count], leaves[count:]
     us = [ad.instantiate_zeros(ct) for ct in cts]
     back = tuple(v.aval for v in vs)
-    out = paired_p.bind(*at, *us, count=count, maps=maps[::-1], avals=back)
+    out = paired_p.bind(*at, *us, count=count, maps=(maps[1], maps[2], maps[1]), avals=back)
     return [None] * count + out
 
 

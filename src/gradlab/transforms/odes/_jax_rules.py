@@ -8,18 +8,18 @@ the pullback of A at w is (that of p ↦ T S(p, w) at u, T S(p, w)), as second d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from gradlab.transforms.odes._jax_pairs import paired
-from gradlab.transforms.odes._jax_solvers import SOLVERS
+from gradlab.transforms.odes._jax_solvers import Integrator
 from gradlab.transforms.odes.options import Options, Status
+from gradlab.transforms.odes.tableaux import METHODS
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,23 @@ class Equation:
     """dy/dt = f(t, y, *args) of the leaves of y; equal where f is the same, so that compiled code is used again."""
 
     state: Any  # the structure of y
-    moving: Any  # the structure of (f, args) with its float arrays, which are the parameters
-    static: tuple[Any, ...]  # what f and args hold beside arrays
+    moving: Any  # the structure of (f, event, args) with its float arrays, which are the parameters
+    static: tuple[Any, ...]  # what they hold beside arrays
     rest: Any  # and the structure of that
 
     def __call__(self, t: Any, y: Any, params: Any, arrays: Any) -> Any:
-        static = jax.tree.unflatten(self.rest, self.static)
-        f, args = eqx.combine(jax.tree.unflatten(self.moving, params), arrays, static)
+        f, _, args = self.parts(params, arrays)
         return jax.tree.leaves(f(t, jax.tree.unflatten(self.state, y), *args))
+
+    def event_value(self, t: Any, y: Any, params: Any, arrays: Any) -> Any:
+        """The function whose change of sign is the event."""
+        _, event, args = self.parts(params, arrays)
+        return event(t, jax.tree.unflatten(self.state, y), *args)
+
+    def parts(self, params: Any, arrays: Any) -> Any:
+        """f, event and args."""
+        static = jax.tree.unflatten(self.rest, self.static)
+        return eqx.combine(jax.tree.unflatten(self.moving, params), arrays, static)
 
 
 @dataclass(frozen=True)
@@ -65,9 +74,23 @@ class Backward:
     field: Any
 
     def __call__(self, t: Any, both: Any, args: Any) -> Any:
-        found, params, arrays = args
-        _, pull = jax.vjp(lambda y, p: self.field(t, y, p, arrays), found.evaluate(t), params)
+        path, params, arrays = args
+        _, pull = jax.vjp(lambda y, p: self.field(t, y, p, arrays), path.evaluate(t), params)
         return jax.tree.map(jnp.negative, pull(both[0])[: len(both)])
+
+
+@dataclass(frozen=True)
+class Returning:
+    """The same with y integrated backwards too: the state is ((y, a), integrals)."""
+
+    field: Any
+
+    def __call__(self, t: Any, both: Any, args: Any) -> Any:
+        params, arrays = args
+        (y, a), *rest = both
+        slope, pull = jax.vjp(lambda y, p: self.field(t, y, p, arrays), y, params)
+        da, dp = jax.tree.map(jnp.negative, pull(a))
+        return (slope, da), *((dp,) if rest else ())
 
 
 @dataclass(frozen=True)
@@ -77,85 +100,141 @@ class Problem:
     field: Any
     options: Options
     parts: int = 1  # of the state: (y, s) of one, ((y, s), (dy, ds)) of those, ...
+    inner: bool = False  # whether it is part of a derivative that was allowed
 
     def tangent(self) -> Problem:
         """That of the derivative."""
-        return Problem(Tangent(self.field), self.options, 2 * self.parts)
+        return Problem(Tangent(self.field), self.options, 2 * self.parts, True)
+
+    def integrator(
+        self, dtype: Any, *, recorded: bool = False, backward: bool = False, adjoint: Any = None
+    ) -> Integrator:
+        """How it is solved; backwards by steps of its own."""
+        options = self.options
+        tolerance = options.tolerance(float(jnp.finfo(dtype).eps), recorded=recorded, backward=backward)
+        if (recorded or backward) and options.step_size is None:
+            chosen = accurate_between(options.tableau), accurate_between(options.stiff)
+            tolerance = replace(tolerance, tableau=chosen[0], stiff=chosen[1])
+        parts = 2 * self.parts if backward and self.returns else self.parts
+        return Integrator(tolerance, partial(parted, parts), backward, adjoint)
+
+    @property
+    def returns(self) -> bool:
+        """Whether y is integrated backwards."""
+        return self.options.adjoint == "backsolve"
+
+    def refuse_mode(self, mode: Any) -> None:
+        """Refuse a derivative of the solution that was not asked for."""
+        if not self.inner or self.options.adjoint == "forward":
+            self.options.refuse_mode(mode)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0)
 def solve(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> Any:
-    """S: the states at ts; how many evaluations, steps and rejections; the status."""
-    found = integrate(problem, ts[0], ts[-1], y0, (params, arrays), dfx.SaveAt(ts=ts))
-    unreached = ~jnp.isfinite(found.ts)
-    ys = jax.tree.map(lambda y: jnp.where(unreached.reshape(-1, *[1] * (y.ndim - 1)), jnp.nan, y), found.ys)
-    accepted, rejected = found.stats["num_accepted_steps"], found.stats["num_rejected_steps"]
-    stages = problem.options.tableau.stages - 1
-    counts = {"evaluations": stages * (accepted + rejected) + 1, "accepted": accepted, "rejected": rejected}
-    return ys, counts, status(found, ys)
-
-
-def status(found: Any, ys: Any) -> Any:
-    """Of a solution of diffrax."""
-    is_ = lambda result: found.result == result
-    finite = jnp.array([jnp.isfinite(y).all() for y in jax.tree.leaves(ys)]).all()
-    few = jnp.where(is_(dfx.RESULTS.max_steps_reached), Status.MAX_STEPS, Status.STEP_TOO_SMALL)
-    return jnp.where(is_(dfx.RESULTS.successful), jnp.where(finite, Status.DONE, Status.NOT_FINITE), few)
-
-
-@solve.defjvp
-def _(problem: Problem, primals: Any, tangents: Any) -> Any:
-    ys, counts, done = solve(problem, *primals)
-
-    def forward(primals: Any, moved: Any) -> Any:
-        return tangent(problem, primals, moved)[1]
-
-    def transpose(primals: Any, us: Any) -> Any:
-        return adjoint(problem, us, *primals)
-
-    zero = lambda x: jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), x)
-    moved = paired(forward, transpose, tuple(primals), tuple(tangents[:3]), ys)
-    return (ys, counts, done), (moved, zero(counts), zero(done))
+    """S: the states at ts; how many evaluations, steps and rejections; the status; where it ended."""
+    return integrate(problem, ts, y0, params, arrays)[:-1]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0)
-def adjoint(problem: Problem, us: Any, ts: Any, y0: Any, params: Any, arrays: Any) -> Any:
+def recorded(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> Any:
+    """S by finer steps, and beside it what the adjoint needs of them: no derivative passes through that."""
+    *found, path = integrate(problem, ts, y0, params, arrays, recorded=True)
+    return *found, sealed((found[0], path))
+
+
+def integrate(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any, *, recorded: bool = False) -> Any:
+    """The states and how they were found; between the steps too if recorded."""
+    run = problem.integrator(jax.tree.leaves(y0)[0].dtype, recorded=recorded)
+    dense = recorded and not problem.returns
+    found = run(Forward(problem.field), ts[0], ts[-1], y0, (params, arrays), ts=ts, dense=dense)
+    return found.ys, found.counts, found.status, found.reached, found.path
+
+
+def rule(problem: Problem, primals: Any, tangents: Any) -> Any:
+    """The tangent of S, whose transpose is A."""
+
+    def asked(at: Any, moved: Any) -> Any:
+        problem.refuse_mode("forward")
+        return forward(at, moved)
+
+    def forward(at: Any, moved: Any) -> Any:
+        return tangent(problem, at[0], moved)[1]
+
+    def transpose(at: Any, us: Any) -> Any:
+        problem.refuse_mode("reverse")
+        primals, record = at
+        return adjoint(problem, us, *primals, record)
+
+    out = recorded(replace(problem, inner=True), *primals)
+    moved = paired(asked, transpose, (tuple(primals), out[-1]), tuple(tangents[:3]), out[0], forward)
+    return out, (moved, *jax.tree.map(still, out[1:]))
+
+
+def accurate_between(tableau: Any) -> Any:
+    """A method, or rodas5p for an implicit one, as theirs is the polynomial that holds where an equation is stiff."""
+    return METHODS["rodas5p"] if tableau is not None and tableau.implicit else tableau
+
+
+def still(x: Any) -> Any:
+    """The tangent of what does not move."""
+    return jnp.zeros(x.shape, x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jax.dtypes.float0)
+
+
+recorded.defjvp(rule)
+
+
+@solve.defjvp
+def _(problem: Problem, primals: Any, tangents: Any) -> Any:
+    out, moved = rule(problem, primals, tangents)
+    return out[:-1], moved[:-1]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
+def adjoint(problem: Problem, us: Any, ts: Any, y0: Any, params: Any, arrays: Any, record: Any) -> Any:
     """A: cotangents of ts, y0 and params."""
     unit = largest(us)
     us = jax.tree.map(lambda u: u / unit, us)
-    found = integrate(problem, ts[0], ts[-1], y0, (params, arrays), dfx.SaveAt(ts=ts, dense=True))
+    dtype = jax.tree.leaves(y0)[0].dtype
+    ys, path = opened(record, dtype)
+    run = problem.integrator(dtype, backward=True)
+    zeros = jax.tree.map(jnp.zeros_like, (y0, params) if jax.tree.leaves(params) else (y0,))
 
     def back(carry: Any, step: Any) -> Any:
         u, y, start, end = step
-        a = jax.tree.map(jnp.add, carry[0], u)
+        (x, a), *total = carry
+        a = jax.tree.map(jnp.add, a, u)
         slope = problem.field(start, y, params, arrays)
-        back = Backward(problem.field)
-        gone = integrate(
-            problem, start, end, (a, *carry[1:]), (found, params, arrays), dfx.SaveAt(t1=True), back
-        )
-        return jax.tree.map(lambda x: x[0], gone.ys), dot(u, slope)
+        if problem.returns:
+            gone = run(Returning(problem.field), start, end, ((x, a), *total), (params, arrays))
+            return gone.reached[1], (dot(u, slope), gone.status)
+        stiff = path.stiff(start)
+        gone = run(Backward(problem.field), start, end, (a, *total), (path, params, arrays), stiff=stiff)
+        a, *total = gone.reached[1]
+        return ((x, a), *total), (dot(u, slope), gone.status)
 
-    zeros = jax.tree.map(jnp.zeros_like, (y0, params) if jax.tree.leaves(params) else (y0,))
     at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
-    steps = at(us, slice(1, None)), at(found.ys, slice(1, None)), ts[1:], ts[:-1]
-    (a, *total), later = jax.lax.scan(back, zeros, steps, reverse=True)
+    steps = at(us, slice(1, None)), at(ys, slice(1, None)), ts[1:], ts[:-1]
+    begin = (at(ys, -1), zeros[0]), *zeros[1:]
+    ((x, a), *total), (later, status) = jax.lax.scan(back, begin, steps, reverse=True)
     first = -dot(a, problem.field(ts[0], y0, params, arrays))
     dts = jnp.concatenate([first[None], later]).astype(ts.dtype)
     dy0 = jax.tree.map(jnp.add, a, at(us, 0))
-    return jax.tree.map(lambda x: unit.astype(x.dtype) * x, (dts, dy0, total[0] if total else params))
+    out = jax.tree.map(lambda x: unit.astype(x.dtype) * x, (dts, dy0, total[0] if total else params))
+    return checked(problem, out, status, x, y0, ys)
 
 
 @adjoint.defjvp
 def _(problem: Problem, primals: Any, tangents: Any) -> Any:
     def forward(primals: Any, moved: Any) -> Any:
-        (us, *point, arrays), (dus, *dp) = primals, moved
+        (us, *point, arrays, _), (dus, *dp) = primals, moved
         both = lambda *point: tangent(problem, (*point, arrays), tuple(dp))
         return jax.vjp(both, *point)[1]((dus, us))
 
     def transpose(primals: Any, ws: Any) -> Any:
-        us, *point, arrays = primals
+        us, *point, arrays, _ = primals
         value, pull = jax.vjp(lambda *point: tangent(problem, (*point, arrays), tuple(ws))[1], *point)
         return (value, *pull(us))
 
@@ -188,35 +267,6 @@ def dot(a: Any, b: Any) -> Any:
     return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def integrate(problem: Problem, t0: Any, t1: Any, y0: Any, args: Any, saveat: Any, back: Any = None) -> Any:
-    """By diffrax; backwards, with a field of its own, the state is (a, integrals) and a alone is controlled."""
-    options = problem.options
-    first = jax.tree.leaves(y0)[0]
-    eps = float(jnp.finfo(first.dtype).eps)
-    tolerance = options.tolerance(eps, recorded=saveat.dense, backward=back is not None)
-    dt0: Any = None
-    controller: Any
-    if tolerance.step_size is None:
-        norm = partial(parted, problem.parts) if back is None else lambda e: parted(problem.parts, e[0])
-        controller = dfx.PIDController(tolerance.rtol, tolerance.atol, norm=norm)
-    else:
-        dt0, controller = jnp.sign(t1 - t0) * tolerance.step_size, dfx.ConstantStepSize()
-    return dfx.diffeqsolve(
-        dfx.ODETerm(back or Forward(problem.field)),
-        SOLVERS[tolerance.tableau.name](),
-        t0,
-        t1,
-        dt0,
-        y0,
-        args,
-        saveat=saveat,
-        stepsize_controller=controller,
-        adjoint=dfx.ForwardMode(),
-        max_steps=tolerance.max_steps,
-        throw=False,
-    )
-
-
 def parted(parts: int, error: Any) -> Any:
     """The largest, over the parts of a state, of the root mean square."""
     if parts == 1:
@@ -224,3 +274,51 @@ def parted(parts: int, error: Any) -> Any:
         total = sum(jnp.sum(x**2) for x in leaves)
         return jnp.sqrt(total / max(sum(x.size for x in leaves), 1))
     return jnp.maximum(*(parted(parts // 2, half) for half in error))
+
+
+def checked(problem: Problem, cotangents: Any, status: Any, y: Any, y0: Any, ys: Any) -> Any:
+    """The cotangents, if the backward solution arrived, and where y came back with it, if it came to y0."""
+    throw = problem.options.throw
+    cotangents = failing(cotangents, (status != Status.DONE).any(), throw, UNFINISHED)
+    if not problem.returns:
+        return cotangents
+    asked = problem.integrator(jax.tree.leaves(y0)[0].dtype).tolerance
+    size = jnp.max(jnp.array([jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(ys)]))
+    apart = parted(problem.parts, jax.tree.map(jnp.subtract, y, y0))
+    missed = apart / (asked.atol + asked.rtol * size)
+    for most, least in zip((*MISSED[1:], jnp.inf), MISSED, strict=True):
+        bad = ~(missed <= least) & ((missed <= most) | (most == jnp.inf))
+        cotangents = failing(cotangents, bad, throw, problem.options.astray(least))
+    return cotangents
+
+
+MISSED = (1e2, 1e4, 1e8)  # times the tolerance, of which the first is too much
+UNFINISHED = (
+    "odeint: the cotangents did not arrive at the first time within max_steps steps, or no step was small enough, or "
+    "the derivative of f is not finite; raise max_steps or the tolerances, or name a stiff method"
+)
+
+
+def failing(tree: Any, bad: Any, throw: bool, message: str) -> Any:
+    """The tree, or the error, or not-a-number in its place."""
+    if throw:
+        return eqx.error_if(tree, bad, message)
+    return jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), tree)
+
+
+def sealed(tree: Any) -> Any:
+    """A tree whose floats are written as unsigned integers of the same bits, so that no derivative is of them."""
+    bits = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(
+        lambda x: jax.lax.bitcast_convert_type(x, bits[x.dtype.itemsize]) if is_float(x) else x, tree
+    )
+
+
+def opened(tree: Any, half: Any) -> Any:
+    """The floats again; `half` is what those of 16 bits are."""
+    floats = {2: half, 4: jnp.float32, 8: jnp.float64}
+    is_sealed = lambda x: jnp.issubdtype(x.dtype, jnp.unsignedinteger)
+    return jax.tree.map(
+        lambda x: jax.lax.bitcast_convert_type(x, floats[x.dtype.itemsize]) if is_sealed(x) else x, tree
+    )
