@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README, re.DOTALL)
 CONTRACTS = [
+    "gradlab.bench.profiling",
     "gradlab.check",
     "gradlab.transforms.custom_rules",
+    "gradlab.transforms.flows",
     "gradlab.transforms.gradient_statistics",
     "gradlab.transforms.hessians",
     "gradlab.transforms.implicit_functions",
@@ -26,6 +28,7 @@ CONTRACTS = [
     "gradlab.transforms.per_example",
     "gradlab.transforms.optimizers",
     "gradlab.transforms.rules",
+    "gradlab.transforms.steady_states",
 ]
 
 
