@@ -89,7 +89,8 @@ class Backward:
             self.xs.append(p if original or i in wanted else p.detach())
         self.leaves = [self.xs[i] for i in wanted]
         self.flags = tuple(flags)
-        self.field = Field(self.slopes, self.jacobians)
+        ahead = self.trajectory.ahead if self.trajectory is not None else None
+        self.field = Field(self.slopes, self.jacobians, ahead)
         self.timed = True  # whether f depends on t, as far as is known
 
     def rates(self, t: Any, y: Any) -> Any:

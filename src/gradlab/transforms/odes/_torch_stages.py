@@ -28,6 +28,7 @@ class Field:
 
     slopes: Callable[[Any, Any, Any], tuple[Any, Any]]  # (time, t, y) -> slope, integrands (B, m) or None
     jacobians: Callable[[Any, Any, Any], tuple[Any, Any]]  # (time, t, y) -> ∂f/∂y (B, n, n), ∂f/∂t (B, n)
+    ahead: Callable[[list[float]], None] | None = None  # told of the times of one example's step, to prepare for them
 
 
 def jacobians(rates: Callable[..., Any], t: Any, y: Any) -> tuple[Any, Any]:
@@ -104,6 +105,8 @@ class Stages:
     def __call__(self, t: Any, h: Any) -> tuple[Any, Any, Any, Any]:
         """y, slope and integrand at the end of a step, and which examples found none."""
         run, column, times, flat = self.run, *self.begin(t, h)
+        if run.f.ahead is not None and run.one:
+            run.f.ahead([t + c * h for c in self.tableau.c[1:]])
         torch.mul(run.slope, column, out=self.K[0])
         for i in range(1, self.tableau.stages):
             y = torch.addmv(flat, self.before[i], self.weights.a[i]).view(run.shape)

@@ -255,7 +255,7 @@ class Run:
         self.t = self.chosen(kept, after, self.t)
 
     def control(self, kept: Any, error: Any, h: Any) -> None:
-        """The next step size: proportional and integral control (Hairer and Wanner 1996, IV.2)."""
+        """The next step size: proportional and integral control (Hairer and Wanner 1996, IV.2), integral where far off."""
         least, most, chosen = self.least, self.most, self.chosen
         self.tries += 1
         self.accepted += kept
@@ -264,6 +264,7 @@ class Run:
             order = self.tableau.error_order + 1
             size = most(error, 1e-12)
             grown = 0.9 * size ** (0.03 - 1 / order) * self.last_error**0.04
+            grown = chosen(size < 0.1, 0.9 * size ** (-1 / order), grown)
             shrunk = 0.9 * size ** (-1 / order)
             factor = chosen(kept, least(most(grown, 0.2), 10.0), least(most(shrunk, 0.1), 0.9))
             self.h = chosen(self.going & (h != 0), h * factor, self.h)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,12 +35,21 @@ class Equation:
     put: Callable[[Sequence[Any]], Any]  # the arguments, with these tensors
     closed: list[Any]  # the tensors that f closes over, the last of the parameters
 
+    @cached_property
+    def bare(self) -> bool:
+        """Whether the state is no tree but a tensor alone."""
+        return isinstance(self.tree.put(self.tree.leaves), torch.Tensor)
+
     def __call__(self, t: Any, y: Any, *params: Any) -> Any:
         """The flat slope of one example."""
         return self.call(self.f, self.flat, t, y, *params)
 
     def flat(self, slope: Any) -> Any:
         """What f returned, as one vector."""
+        if self.bare and isinstance(slope, torch.Tensor):  # what follows costs as much as a small f
+            y = self.tree.leaves[0]
+            if slope.shape == y.shape and slope.dtype == y.dtype:
+                return slope.reshape(-1)
         return self.tree.ravel(like(self.tree, "f's output", slope))
 
     def value(self, event: Callable[..., Any], t: Any, y: Any, *params: Any) -> Any:
@@ -52,9 +61,9 @@ class Equation:
         own = len(params) - len(self.closed)
         others = [(x, p) for x, p in zip(self.closed, params[own:], strict=True) if x is not p]
         with Substituted(*zip(*others, strict=True)) if others else nullcontext():
-            leaves = self.tree.split(y) if len(self.tree.leaves) > 1 else [y.view(self.tree.leaves[0].shape)]
+            state = y.view(self.tree.leaves[0].shape) if self.bare else self.tree.put(self.tree.split(y))
             try:
-                out = f(t, self.tree.put(leaves), *self.put(params[:own]))
+                out = f(t, state, *self.put(params[:own]))
             except RuntimeError as error:
                 if "INTERNAL ASSERT" in str(error):  # of a level that is not at work here
                     raise StrategyError(UNFOLLOWED) from error

@@ -18,6 +18,7 @@ class Trajectory:
     values: list[Any] = field(default_factory=list)  # y at the start, (B, n)
     polynomials: list[Any] = field(default_factory=list)  # (degree, B, n)
     whole: bool = True  # else the times alone
+    known: dict[float, Any] = field(default_factory=dict)  # states of one example, computed together
 
     def add(self, start: Any, end: Any, y: Any, polynomial: Any) -> None:
         """One more step; an example that does not move has end = start."""
@@ -39,8 +40,24 @@ class Trajectory:
         self.knots = ends * self.direction[:, None]  # rising
         return self
 
+    def ahead(self, times: list[float]) -> None:
+        """Compute the states at these times of one example, those within a step by one product."""
+        steps: dict[int, list[float]] = {}
+        for t in times:
+            k = min(int(np.searchsorted(self.knots[0], self.direction[0] * t)), len(self.knots[0]) - 1)
+            steps.setdefault(k, []).append(t)
+        self.known = {}
+        for k, ts in steps.items():
+            y, polynomial, start, end = self.values[k], self.polynomials[k], self.starts[k][0], self.ends[k][0]
+            shares = np.array([_share(start, end, t) for t in ts])[:, None]
+            powers = torch.from_numpy(shares ** np.arange(1, len(polynomial) + 1)).to(y)
+            rows = torch.addmm(y, powers, polynomial.view(len(polynomial), -1))
+            self.known |= dict(zip(ts, rows.split(1), strict=True))
+
     def __call__(self, time: Any) -> Any:
         """y at times (B,)."""
+        if isinstance(time, float) and time in self.known:
+            return self.known[time]
         t = np.reshape(time, -1)
         steps = [
             min(int(np.searchsorted(knots, s * at)), len(knots) - 1)
