@@ -84,12 +84,19 @@ def test_a_state_that_does_not_come_back(framework):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("adjoint", ["direct", pytest.param("checkpoint", marks=pytest.mark.slow)])
-def test_implicit_steps(framework, adjoint):
+@pytest.mark.parametrize(
+    ("adjoint", "method"),
+    [
+        ("direct", "kvaerno5"),
+        pytest.param("checkpoint", "kvaerno5", marks=pytest.mark.slow),
+        pytest.param("direct", "rodas5p", marks=pytest.mark.slow),
+    ],
+)
+def test_implicit_steps(framework, adjoint, method):
     """The steps of an implicit method, with a derivative in the times, of examples that end at different steps."""
     fw = load(framework)
     f = lambda t, y, a: -a * (y - fw.xp.sin(t)) * y
-    options = {"method": "kvaerno5", "rtol": 1e-5, "atol": 1e-7}
+    options = {"method": method, "rtol": 1e-5, "atol": 1e-7}
 
     def loss(x, adjoint):
         ys = fw.gl.odeint(f, x[:1], x[1:4], x[4], adjoint=adjoint, **options).ys
@@ -99,3 +106,7 @@ def test_implicit_steps(framework, adjoint):
     found = fw.numpy(fw.vmap(fw.grad(lambda x: loss(x, adjoint)))(xs))
     expected = fw.numpy(fw.vmap(fw.grad(lambda x: loss(x, "auto")))(xs))
     assert np.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    if framework == "torch":
+        x = xs[0].requires_grad_()
+        loss(x, adjoint).backward()
+        assert np.allclose(x.grad.numpy(), found[0], rtol=1e-6)

@@ -64,7 +64,7 @@ def test_every_example_by_itself_in_torch(method):
         assert int(stats["accepted"][i]) == int(alone.stats["accepted"])
     loss = lambda a: (run(a).ys[1:] ** 2).sum()
     many = fw.vmap(fw.grad(loss))(rates)
-    assert np.allclose(fw.numpy(many), [float(fw.grad(loss)(a)) for a in rates], rtol=1e-6, atol=1e-6)
+    assert np.allclose(fw.numpy(many), [float(fw.grad(loss)(a)) for a in rates], rtol=1e-6, atol=1e-5)
 
 
 def test_the_switch_is_taken_once_and_only_where_needed():

@@ -31,7 +31,7 @@ def solve(
         return slope[None] if one else slope
 
     field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(rates, t, y))
-    keep = record and (record == "steps" or problem.options.adjoint != "backsolve")
+    keep = record if record == "steps" else record and problem.options.adjoint != "backsolve"
     along = tolerance(problem, scales, y, record is True)
     meets = None
     if event is not None:

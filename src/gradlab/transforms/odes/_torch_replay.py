@@ -15,7 +15,8 @@ from gradlab.transforms.custom_rules._torch_levels import tracked
 from gradlab.transforms.implicit_functions._torch import root
 from gradlab.transforms.odes._torch_passes import solve
 from gradlab.transforms.odes._torch_rules import Solve, counted, fold, unfold
-from gradlab.transforms.odes._torch_systems import Problem
+from gradlab.transforms.odes._torch_systems import Problem, followed
+from gradlab.transforms.odes.rosenbrock import Rosenbrock
 from gradlab.transforms.odes.tableaux import RK4
 from gradlab.transforms.rules._torch import checkpoint
 
@@ -83,6 +84,8 @@ class Replay:
     def step(self, k: int, t: Any, h: Any, y: Any, slope: Any, params: Sequence[Any]) -> tuple[Any, Any, Any]:
         """y and slope at the end of step k, and the polynomial within it as a function of θ."""
         tableau, slopes = self.methods[k], [slope]
+        if isinstance(tableau, Rosenbrock):
+            return self.linear(tableau, t, h, y, slope, params)
         for i in range(1, tableau.stages):
             at = y + h * combined(tableau.a[i], slopes)
             time = t + tableau.c[i] * h
@@ -94,13 +97,28 @@ class Replay:
         if tableau.implicit:
             at = at + h * tableau.diagonal * slopes[-1]
 
-        def within(share: Any) -> Any:
-            powers = [share ** (j + 1) for j in range(len(tableau.dense))]
-            columns = zip(*tableau.dense, strict=True)
-            shares = [sum(w * p for w, p in zip(c, powers, strict=True) if w != 0) for c in columns]
-            return y + h * combined(shares, slopes)
+        return at, slopes[-1], lambda share: y + h * within(tableau, share, slopes)
 
-        return at, slopes[-1], within
+    def linear(self, tableau: Rosenbrock, t: Any, h: Any, y: Any, slope: Any, params: Sequence[Any]) -> Any:
+        """The same of a Rosenbrock method, whose stages are linear equations."""
+        drift = followed(lambda t: self.system(t, y, *params), [t], [torch.ones_like(t)])[1]
+        sums: list[Any] = []
+        for i in range(tableau.stages):
+            if i > 0:
+                slope = self.system(t + tableau.c[i] * h, y + combined(tableau.a[i], sums), *params)
+            right = h * slope + tableau.drift[i] * h**2 * drift
+            right = right + combined(tableau.coupling[i], sums) if i > 0 else right
+            sums.append(self.solved(tableau.diagonal, tableau.diagonal * right, t, y, h, params))
+        end = y + combined(tableau.b, sums)
+        return end, self.system(t + h, end, *params), lambda share: y + within(tableau, share, sums)
+
+    def solved(self, diagonal: float, right: Any, t: Any, y: Any, h: Any, params: Sequence[Any]) -> Any:
+        """u with (I - h γ ∂f/∂y) u = right."""
+
+        def residual(u: Any, right: Any, t: Any, y: Any, h: Any, *params: Any) -> Any:
+            return u - h * diagonal * followed(lambda y: self.system(t, y, *params), [y], [u])[1] - right
+
+        return root(residual, rtol=64 * torch.finfo(y.dtype).eps, atol=0.0)(right, right, t, y, h, *params)
 
     def stage(self, diagonal: float, guess: Any, t: Any, y: Any, h: Any, params: Sequence[Any]) -> Any:
         """The slope k = f(t, y + h γ k) with its derivatives, by the implicit function theorem."""
@@ -133,6 +151,15 @@ def flowed(system: Any, t: Any, y: Any, h: Any, params: Sequence[Any]) -> Any:
         at = y + h * combined(row, slopes) if slopes else y
         slopes.append(system(t + c * h, at, *params))
     return y + h * combined(RK4.b[:-1], slopes)
+
+
+def within(tableau: Any, share: Any, slopes: Sequence[Any]) -> Any:
+    """The polynomial of a step at θ, less its first value."""
+    powers = [share ** (j + 1) for j in range(len(tableau.dense))]
+    columns = zip(*tableau.dense, strict=True)
+    return combined(
+        [sum(w * p for w, p in zip(column, powers, strict=True) if w != 0) for column in columns], slopes
+    )
 
 
 def combined(row: Sequence[Any], slopes: Sequence[Any]) -> Any:

@@ -28,7 +28,9 @@ class Field:
 
     slopes: Callable[[Any, Any, Any], tuple[Any, Any]]  # (time, t, y) -> slope, integrands (B, m) or None
     jacobians: Callable[[Any, Any, Any], tuple[Any, Any]]  # (time, t, y) -> ∂f/∂y (B, n, n), ∂f/∂t (B, n)
-    ahead: Callable[[list[float]], None] | None = None  # told of the times of one example's step, to prepare for them
+    ahead: Callable[[list[float]], None] | None = (
+        None  # told of the times of one example's step, to prepare for them
+    )
 
 
 def jacobians(rates: Callable[..., Any], t: Any, y: Any) -> tuple[Any, Any]:

@@ -69,6 +69,7 @@ class Run:
         self.direction = self.numbers(np.sign(ts[:, -1] - ts[:, 0]))
         self.status, self.accepted, self.rejected = (self.numbers(np.zeros(B)) for _ in range(3))
         self.last_error = self.numbers(np.ones(B))
+        self.early: Any = True if self.one else np.ones(B, dtype=bool)
         self.evaluations, self.tries, self.moves = 0, 0, 0
         self.nobody: Any = False if self.one else np.zeros(B, dtype=bool)
         self.stiff: Any = self.nobody if stiff is None else bool(stiff[0]) if self.one else stiff
@@ -255,7 +256,7 @@ class Run:
         self.t = self.chosen(kept, after, self.t)
 
     def control(self, kept: Any, error: Any, h: Any) -> None:
-        """The next step size: proportional and integral control (Hairer and Wanner 1996, IV.2), integral where far off."""
+        """The next step size: proportional and integral control (Hairer and Wanner 1996, IV.2); at first integral."""
         least, most, chosen = self.least, self.most, self.chosen
         self.tries += 1
         self.accepted += kept
@@ -264,7 +265,8 @@ class Run:
             order = self.tableau.error_order + 1
             size = most(error, 1e-12)
             grown = 0.9 * size ** (0.03 - 1 / order) * self.last_error**0.04
-            grown = chosen(size < 0.1, 0.9 * size ** (-1 / order), grown)
+            self.early = self.early & (size < 0.1)
+            grown = chosen(self.early, 0.9 * size ** (-1 / order), grown)
             shrunk = 0.9 * size ** (-1 / order)
             factor = chosen(kept, least(most(grown, 0.2), 10.0), least(most(shrunk, 0.1), 0.9))
             self.h = chosen(self.going & (h != 0), h * factor, self.h)

@@ -125,10 +125,7 @@ class Tangent:
 def pushed(run: Callable[..., Any], xs: list[Any], vs: list[Any]) -> tuple[Any, Any]:
     """A value and J v as the transposed pullback, by reverse mode alone, which torch has right everywhere."""
     if torch._C._are_functorch_transforms_active():
-        pulled: Any = torch.func.vjp(run, *xs)
-        k, pull = pulled
-        push: Any = torch.func.vjp(pull, torch.ones_like(k))[1]
-        return k, push(tuple(vs))[0]
+        return followed(run, xs, vs)
     again = torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *vs))
     with torch.enable_grad():
         xs = [x if x.requires_grad else x.detach().requires_grad_() for x in xs]
@@ -143,6 +140,14 @@ def pushed(run: Callable[..., Any], xs: list[Any], vs: list[Any]) -> tuple[Any, 
         gs, ds = zip(*some, strict=True)
         (moved,) = torch.autograd.grad(gs, u, ds, create_graph=again, materialize_grads=True)
     return (k, moved) if again else (k.detach(), moved.detach())
+
+
+def followed(run: Callable[..., Any], xs: list[Any], vs: list[Any]) -> tuple[Any, Any]:
+    """The same, differentiable in whatever `run` closes over."""
+    pulled: Any = torch.func.vjp(run, *xs)
+    k, pull = pulled
+    push: Any = torch.func.vjp(pull, torch.ones_like(k))[1]
+    return k, push(tuple(vs))[0]
 
 
 @dataclass(eq=False)

@@ -31,8 +31,8 @@ class Trajectory:
     def close(self) -> Trajectory:
         """Ready to be looked up; of two methods, with polynomials of one degree."""
         degree = max(map(len, self.polynomials), default=0)
-        pad = torch.nn.functional.pad
-        self.polynomials = [pad(p, (0, 0, 0, 0, 0, degree - len(p))) for p in self.polynomials]
+        pad = lambda p: torch.nn.functional.pad(p, (0, 0, 0, 0, 0, degree - len(p)))
+        self.polynomials = [p if len(p) == degree else pad(p) for p in self.polynomials]
         ends = np.array(self.ends).reshape(len(self.ends), -1).T  # (B, steps)
         self.starts = list(np.array(self.starts).reshape(len(self.ends), -1))
         self.ends = list(ends.T)
@@ -48,7 +48,12 @@ class Trajectory:
             steps.setdefault(k, []).append(t)
         self.known = {}
         for k, ts in steps.items():
-            y, polynomial, start, end = self.values[k], self.polynomials[k], self.starts[k][0], self.ends[k][0]
+            y, polynomial, start, end = (
+                self.values[k],
+                self.polynomials[k],
+                self.starts[k][0],
+                self.ends[k][0],
+            )
             shares = np.array([_share(start, end, t) for t in ts])[:, None]
             powers = torch.from_numpy(shares ** np.arange(1, len(polynomial) + 1)).to(y)
             rows = torch.addmm(y, powers, polynomial.view(len(polynomial), -1))
