@@ -89,11 +89,11 @@ def odeint(
             gradient_error=True.
 
     Cost:
-        Evaluations of f: stages - 1 a step (6 of tsit5); of an implicit method about 15, and ∂f/∂y once. A tangent: with
-        each the derivative of f along one direction (in torch two pullbacks). A cotangent: a pullback of f for each
-        stage of about as many steps backwards, in jax and under torch.func after another solve; memory in entries of
-        y: in torch 5 a step (tsit5), in jax 8 for each of max_steps. In torch not compiled: torch.compile leaves its
-        graph for the call.
+        Evaluations of f: stages - 1 a step (6 of tsit5); of an implicit method about 15, and ∂f/∂y once. A tangent:
+        with each the derivative of f along one direction (in torch two pullbacks). A cotangent: a pullback of f for
+        each stage of about as many steps backwards, in jax and under torch.func after another solve; memory in
+        entries of y: in torch 5 a step (tsit5), in jax 8 for each of max_steps. In torch not compiled: torch.compile
+        leaves its graph for the call.
 
     Example:
         >>> import torch

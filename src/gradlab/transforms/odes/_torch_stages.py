@@ -167,7 +167,7 @@ class Diagonal(Implicit):
         torch.mul(run.slope, column, out=self.K[0])
         solve = self.factors(t, times[0], h)
         scale = self.scale()
-        failed, self.rate, integrand = run.nobody, None, None
+        failed, self.rate, integrand = run.nobody, run.nobody + 1.0, None
         for i in range(1, self.tableau.stages):
             base = torch.addmv(flat, self.before[i], self.weights.a[i]).view(run.shape)
             guess = torch.mv(self.before[i], self.weights.inner[i]).view(run.shape)
@@ -203,8 +203,8 @@ class Diagonal(Implicit):
             size = run.norm(correction, scale)
             z = z + correction if run.every(active) else torch.where(run.mask(active), z + correction, z)
             if last is not None:
-                self.rate = size / run.most(last, 1e-300)
-            rate = 1.0 if self.rate is None else run.least(self.rate, 1.0)
+                self.rate = chosen(active, size / run.most(last, 1e-300), self.rate)
+            rate = run.least(self.rate, 1.0)
             left = size * rate / run.most(1 - rate, 1e-16)
             small = (left <= 1) | (size <= 1e-2)
             if fixed and last is not None:  # rounding: no more is to be had
@@ -214,7 +214,7 @@ class Diagonal(Implicit):
             active = active & run.unless(small | grows)
             if not run.some(active):
                 break
-            last = chosen(size > 0, size, 1e-300)
+            last = size
         return z, lost | active
 
 
