@@ -94,7 +94,8 @@ def gmm_jacobian(alpha: Any, mu: Any, q: Any, lower: Any, x: Any, gamma: float, 
 
 
 def _mixture(params: Any, x: Any, gamma: float, m: int) -> Any:
-    return gmm_objective(*params, x, gamma, m)
+    alpha, mu, q, lower = params
+    return gmm_objective(alpha, mu, q, lower, x, gamma, m)
 
 
 def _log_sum_exp(x: Any) -> Any:
@@ -214,8 +215,8 @@ def ht_objective(
     parents: tuple[int, ...],
 ) -> Any:
     """Observed points less those of the posed hand: a vertex, or a point of a triangle by its coordinates u."""
-    bones, axes = map(torch.from_numpy, fingers())
-    angles = theta.new_zeros(len(parents), 2).index_put((bones, axes), theta[6:])
+    bent, axes = map(torch.from_numpy, fingers())
+    angles = theta.new_zeros(len(parents), 2).index_put((bent, axes), theta[6:])
     moved = relatives @ _turns(angles)
     for bones in generations(parents)[1:]:
         ahead = moved[np.array(parents)[bones]]

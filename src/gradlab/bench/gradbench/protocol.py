@@ -77,7 +77,9 @@ def evaluate(framework: str, module: str, function: str, given: Message) -> Mess
     result = run()
     timings: list[Message] = [{"name": "compile", "nanoseconds": time.perf_counter_ns() - start}]
     asked: Message = given if isinstance(given, dict) else {}  # hello's input is a number
-    least, seconds, spent = asked.get("min_runs", asked.get("runs", 1)), asked.get("min_seconds", 0), 0
+    least: int = asked.get("min_runs") or asked.get("runs") or 1
+    seconds: float = asked.get("min_seconds") or 0.0
+    spent = 0
     while len(timings) <= least or spent < 1e9 * seconds:
         start = time.perf_counter_ns()
         result = run()
