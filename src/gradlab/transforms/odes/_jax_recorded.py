@@ -40,7 +40,7 @@ def _(problem: Problem, primals: Any, tangents: Any) -> Any:
     *point, arrays = primals
 
     def by_steps(*point: Any) -> Any:
-        ys, *rest = stepped(problem, dfx.RecursiveCheckpointAdjoint(), arrays, *point)
+        ys, *rest = stepped(problem, dfx.RecursiveCheckpointAdjoint(), arrays, *point, order=1)
         return ys, rest
 
     ys, pull, rest = jax.vjp(by_steps, *once(tuple(point)), has_aux=True)
@@ -73,19 +73,29 @@ REFUSAL = (
 )
 
 
-def stepped(problem: Problem, adjoint: Any, arrays: Any, ts: Any, y0: Any, params: Any) -> Any:
+def stepped(
+    problem: Problem, adjoint: Any, arrays: Any, ts: Any, y0: Any, params: Any, *, order: int = 4
+) -> Any:
     """S as its steps give it. Times stand still in them, and move by a step of size zero at each."""
     still = jax.lax.stop_gradient(ts)
     field = lambda t, y: problem.field(t, y, params, arrays)
-    start = nudged(field, ts[0], y0, still[0] - ts[0])
+    nudge = partial(by_slope if order == 1 else by_classical_step, field)
     run = problem.integrator(jax.tree.leaves(y0)[0].dtype, adjoint=adjoint)
+    start = nudge(ts[0], y0, still[0] - ts[0])
     found = run(Forward(problem.field), still[0], still[-1], start, (params, arrays), ts=still)
-    ys = jax.vmap(lambda t, y, dt: nudged(field, t, y, dt))(still, found.ys, ts - still)
+    later = jax.vmap(nudge)(still[1:], jax.tree.map(lambda y: y[1:], found.ys), (ts - still)[1:])
+    ys = jax.tree.map(lambda y, ys: jnp.concatenate([y[None], ys]), y0, later)
     return ys, found.counts, found.status, jax.lax.stop_gradient(found.reached)
 
 
-def nudged(field: Any, t: Any, y: Any, h: Any) -> Any:
-    """The state after a step of size zero by the classical method: itself, with its first four derivatives in h."""
+def by_slope(field: Any, t: Any, y: Any, h: Any) -> Any:
+    """The state after a step of size zero: itself, with its first derivative in h."""
+    slope = jax.lax.stop_gradient(field(t, y))
+    return jax.tree.map(lambda y, k: y + (h * k).astype(y.dtype), y, slope)
+
+
+def by_classical_step(field: Any, t: Any, y: Any, h: Any) -> Any:
+    """The same by the classical method, with its first four derivatives."""
     ahead = lambda y, h, k: jax.tree.map(lambda y, k: y + (h * k).astype(y.dtype), y, k)
     k1 = field(t, y)
     k2 = field(t + h / 2, ahead(y, h / 2, k1))

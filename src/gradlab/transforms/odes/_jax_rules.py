@@ -139,15 +139,15 @@ def solve(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0)
 def recorded(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> Any:
-    """S by finer steps, and beside it what the adjoint needs of them: no derivative passes through that."""
+    """S, by finer steps if they are recorded, and what the adjoint needs of them, which has no derivative."""
     *found, path = integrate(problem, ts, y0, params, arrays, recorded=True)
     return *found, sealed((found[0], path))
 
 
 def integrate(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any, *, recorded: bool = False) -> Any:
     """The states and how they were found; between the steps too if recorded."""
-    run = problem.integrator(jax.tree.leaves(y0)[0].dtype, recorded=recorded)
     dense = recorded and not problem.returns
+    run = problem.integrator(jax.tree.leaves(y0)[0].dtype, recorded=dense)
     found = run(Forward(problem.field), ts[0], ts[-1], y0, (params, arrays), ts=ts, dense=dense)
     return found.ys, found.counts, found.status, found.reached, found.path
 

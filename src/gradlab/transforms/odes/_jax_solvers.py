@@ -190,9 +190,9 @@ class Integrator:
         stiff = run.result == dfx.RESULTS.stagnation
         event = jnp.array(False) if self.event is None else run.event_mask
         status = jnp.where((run.result == dfx.RESULTS.successful) | event, Status.DONE, few)
-        status = jnp.where(
-            finite(y) & ((status == Status.DONE) | finite(field(t, y, args))), status, Status.NOT_FINITE
-        )
+        at_end = lambda: finite(field(t, y, args))
+        fine = finite(y) & jax.lax.cond(status == Status.DONE, lambda: jnp.array(True), at_end)
+        status = jnp.where(fine, status, Status.NOT_FINITE)
         ys = None
         if ts is not None:
             held = jnp.isfinite(run.ts["at"])
