@@ -53,7 +53,7 @@ def odeint(
             alone; refuses forward mode. `"forward"`: the tangent alone; refuses reverse mode. `"backsolve"`: y is
             integrated backwards with the cotangent, with no memory of steps; raises where it does not return to y0.
             `"direct"`: the steps themselves are differentiated, their sizes held constant. `"checkpoint"`: the
-            same, with the memory of the square root of their number.
+            same, with the memory of the square root of their number; in jax in reverse mode alone, once.
         rtol: Error of a step relative to y, as a root mean square over its entries. None: 1e-6 in float64, 1e-4 in
             float32.
         atol: The same, absolute, in units of y. None: rtol / 100. A tangent's is in units of the largest entry of its
@@ -64,14 +64,15 @@ def odeint(
         throw: Whether a solution that does not reach the last time raises; else it is not-a-number from there on, and
             its status says why.
         gradient_error: Whether to estimate the error of the derivatives: the cotangent by this adjoint against the
-            tangent under error control, along one random direction. Costs as much as both.
+            tangent under error control, along one random direction. Costs as much as both, and
+            warns above 100 times rtol. (In torch every cotangent of `"auto"` warns where a·f is not kept.)
         event: Function `event(t, y, *args)` -> scalar, whose first change of sign after ts[0] ends the solution. The
             states at later ts are the one at the event. None: there is no event.
 
     Returns:
         `Solution(ys, stats, status, gradient_error, event_time)`: ys a tree like y0 with a leading axis of T times;
-        stats, a dictionary of whole numbers: "evaluations" of f, steps "accepted" and "rejected"; status, a number
-        of `Status` (0: done); gradient_error relative to the sizes of both, or None; event_time, differentiable, or
+        stats, a dictionary of whole numbers: "evaluations" of f (in jax each stage of an implicit method counts
+        once), steps "accepted" and "rejected"; status, a number of `Status` (0: done); gradient_error relative to the sizes of both, or None; event_time, differentiable, or
         infinity without derivative if the event does not come to pass, or None if there is none. Each has a batch
         axis under vmap, where every example has steps of its own.
 
@@ -91,8 +92,8 @@ def odeint(
     Cost:
         Evaluations of f: stages - 1 a step (6 of tsit5); of an implicit method about 15, and ∂f/∂y once. A tangent:
         with each the derivative of f along one direction (in torch two pullbacks). A cotangent: a pullback of f for
-        each stage of about as many steps backwards, in jax and under torch.func after another solve; memory in
-        entries of y: in torch 5 a step (tsit5), in jax 8 for each of max_steps. In torch not compiled: torch.compile
+        each stage of about as many steps backwards, under torch.func after another solve; memory in entries of y: in
+        torch 5 a step (tsit5), in jax 8 for each of max_steps. In torch not compiled: torch.compile
         leaves its graph for the call.
 
     Example:
