@@ -72,9 +72,10 @@ def odeint(
     Returns:
         `Solution(ys, stats, status, gradient_error, event_time)`: ys a tree like y0 with a leading axis of T times;
         stats, a dictionary of whole numbers: "evaluations" of f (in jax each stage of an implicit method counts
-        once), steps "accepted" and "rejected"; status, a number of `Status` (0: done); gradient_error relative to the sizes of both, or None; event_time, differentiable, or
-        infinity without derivative if the event does not come to pass, or None if there is none. Each has a batch
-        axis under vmap, where every example has steps of its own.
+        once), steps "accepted" and "rejected"; status, a number of `Status` (0: done); gradient_error relative to the
+        sizes of both, or None; event_time, differentiable, or infinity without derivative if the event does not come
+        to pass, or None if there is none. Each has a batch axis under vmap, where every example has steps of its
+        own.
 
     Raises:
         KindError: y0 holds anything but floats, or args complex numbers.
