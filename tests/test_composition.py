@@ -17,12 +17,15 @@ def documented(framework):
     return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
 
 
+@pytest.mark.parametrize("meta", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "meta"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_every_cell(framework):
+def test_every_cell(framework, meta):
     """A cell that is wrong raises, naming operation and transform; one that changed differs from the page."""
     fw = load(framework)
     page = documented(framework)
     for case in composition.cases(fw):
+        if ("meta" in case.name) != meta:
+            continue
         for name, transform in composition.transforms(fw).items():
             try:
                 found = composition.outcome(transform, case.call, case, fw)

@@ -38,19 +38,25 @@ def printed(code):
     return run.stdout
 
 
-def needs(text):
+END = "=== the end of a block"
+
+
+def needed(text):
+    """The framework of a block."""
     if "privacy" in text:
         pytest.importorskip("dp_accounting")
-    for framework in ("jax", "torch"):
-        if f"import {framework}" in text:
-            pytest.importorskip(framework)
+    return "jax" if "import jax" in text else "torch"
 
 
-@pytest.mark.parametrize("block", range(len(BLOCKS)))
-def test_readme(block):
-    code, output = BLOCKS[block]
-    needs(code)
-    assert printed(code) == output
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_readme(framework):
+    """The blocks of a framework, each with names of its own; in one process, since importing takes seconds."""
+    pytest.importorskip(framework)
+    blocks = [(code, output) for code, output in BLOCKS if needed(code) == framework]
+    assert blocks
+    codes = [code for code, _ in blocks]
+    found = printed(f"for code in {codes!r}:\n    exec(code, {{'__name__': '__main__'}})\n    print({END!r})")
+    assert found.split(END + "\n")[:-1] == [output for _, output in blocks]
 
 
 def test_every_readme_example_is_run():
@@ -82,27 +88,27 @@ def test_every_operation_has_an_example():
 
 RUN = """
 import doctest, importlib, sys
-module = importlib.import_module({module!r})
 failed = 0
-for test in doctest.DocTestFinder().find(module, {module!r}):
-    test.globs = {{}}
-    failed += doctest.DocTestRunner().run(test).failed
+for name in {modules!r}:
+    for test in doctest.DocTestFinder().find(importlib.import_module(name), name):
+        test.globs = {{}}
+        failed += doctest.DocTestRunner().run(test).failed
 sys.exit(failed > 0)
 """
 
 
-@pytest.mark.parametrize("module", CONTRACTS)
-def test_docstrings(module):
-    """Each example has its own names; those of a module share a process, since importing takes seconds."""
+@pytest.mark.parametrize("modules", [CONTRACTS[::2], CONTRACTS[1::2]], ids=["half", "other"])
+def test_docstrings(modules):
+    """Each example has its own names; those of many modules share a process, since importing takes seconds."""
     pytest.importorskip("jax")
     pytest.importorskip("torch")
-    printed(RUN.format(module=module))
+    printed(RUN.format(modules=modules))
 
 
 def test_a_wrong_example_is_seen():
-    code = RUN.format(module="doctest_of_nothing").replace(
-        "module = importlib.import_module('doctest_of_nothing')",
-        "import types; module = types.ModuleType('doctest_of_nothing', '>>> 1 + 1\\n3\\n')",
+    code = RUN.format(modules=["doctest_of_nothing"]).replace(
+        "importlib.import_module(name)",
+        "__import__('types').ModuleType('doctest_of_nothing', '>>> 1 + 1\\n3\\n')",
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert run.returncode == 1
