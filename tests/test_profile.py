@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -151,3 +152,17 @@ def test_energy_is_that_of_a_counter(monkeypatch):
 
     assert joules("cuda:0", call, lambda r: r, 0.1) == 3.0
     assert joules("cpu", call, lambda r: r, 0.1) is None
+
+
+def test_calls_without_arguments_are_first_run_by_the_clock():
+    """Their first call is the one that is timed, and tells the framework."""
+    torch = pytest.importorskip("torch")
+    runs = []
+
+    def slow_at_first():
+        if not runs:
+            time.sleep(0.2)
+        runs.append(None)
+        return torch.ones(2)
+
+    assert profile(slow_at_first, budget_s=0.05).first_s >= 0.2

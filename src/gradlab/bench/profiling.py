@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gradlab._dispatch import framework_of
 from gradlab._errors import BackendError, InputError, KindError
 from gradlab.bench.clock import Timing, interleave, interval
 from gradlab.bench.energy import joules
@@ -147,8 +149,8 @@ class Comparison:
     def ratio(self, name: str, to: str | None = None) -> tuple[float, float, float]:
         """Time of `name` / time of `to` (the baseline): the median over the rounds, and its bounds at 99 %."""
         ours, theirs = (self[n].timing for n in (name, to or self.baseline))
-        quotients = np.array(ours.samples) / np.array(theirs.samples)  # type: ignore[union-attr]
-        return float(np.median(quotients)), *interval(quotients.tolist())
+        quotients = _over(ours.samples, theirs.samples)  # type: ignore[union-attr]
+        return float(np.median(quotients)), *interval(quotients)
 
     def differs(self, name: str, to: str | None = None) -> bool:
         """Whether those bounds leave out 1."""
@@ -281,17 +283,24 @@ def measured(
     for name, value in (("precision", precision), ("budget_s", budget_s)):
         if not value > 0:
             raise InputError(f"{op}: {name} is {value}; pass a positive number")
-    framework = framework or _framework(op, calls, args)
-    side: Any = importlib.import_module(f"gradlab.bench._profile_{framework}")
+    sides: Any = {name: _side(name) for name in ("jax", "torch") if name in sys.modules or name == framework}
+    framework = framework or _framework_of(op, args)
     bound = {name: lambda fn=fn: fn(*args) for name, fn in calls.items()}
 
     def settled(samples: Mapping[str, list[float]]) -> bool:
         known = samples if baseline is None else {n: _over(samples[n], samples[baseline]) for n in samples}
         return all(_relative(values) <= precision for values in known.values())
 
+    def synchronise(result: Any) -> Any:
+        nonlocal framework
+        framework = framework or framework_of(op, (result,))
+        return sides[framework].synchronise(result)
+
     timings = interleave(
-        bound, synchronise=side.synchronise, repeats=REPEATS, warmup=3, budget_s=budget_s, settled=settled
+        bound, synchronise=synchronise, repeats=REPEATS, warmup=3, budget_s=budget_s, settled=settled
     )
+    assert framework is not None  # the calls have run
+    side = sides[framework]
     device = side.device((args, bound[next(iter(bound))]()))
     roof = measured_ceilings(framework, device) if ceilings else None
     found = {}
@@ -321,7 +330,7 @@ def measured(
 @cache
 def measured_ceilings(framework: str, device: str) -> Ceilings:
     """By a square matrix product in float32 and a copy, both far larger than any cache."""
-    side: Any = importlib.import_module(f"gradlab.bench._profile_{framework}")
+    side = _side(framework)
     n, entries = (2048, 2**26) if device.startswith("cpu") else (8192, 2**28)
     product, copy = side.large(device, n, entries)
     times = interleave({"product": product, "copy": copy}, synchronise=side.synchronise, repeats=10)
@@ -343,7 +352,7 @@ def _share(rate: float | None, unit: str, most: float | None) -> str:
     return si(rate, unit) + share
 
 
-def _over(values: list[float], others: list[float]) -> list[float]:
+def _over(values: Sequence[float], others: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(values, others, strict=True)]
 
 
@@ -364,11 +373,14 @@ def _name(fn: Any) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
-def _framework(op: str, calls: Mapping[str, Callable[..., Any]], args: tuple[Any, ...]) -> str:
-    """Of the arguments, or of what the calls give."""
-    from gradlab._dispatch import framework_of
+def _side(framework: str) -> Any:
+    """What a framework says of a call."""
+    return importlib.import_module(f"gradlab.bench._profile_{framework}")
 
+
+def _framework_of(op: str, args: tuple[Any, ...]) -> str | None:
+    """Of the arguments; None where what a call gives has to tell, which must not run before the clock does."""
     try:
         return framework_of(op, args)
     except BackendError:
-        return framework_of(op, tuple(fn(*args) for fn in calls.values()))
+        return None

@@ -15,7 +15,7 @@ from gradlab._typing import Leaves
 from gradlab.transforms.implicit_functions._jax import argmin, held
 from gradlab.transforms.linearised._jax import gradient_of
 from gradlab.transforms.meta.plan import Plan, segments
-from gradlab.transforms.optimizers import Optimizer
+from gradlab.transforms.optimizers import Optimizer, check_mask
 from gradlab.transforms.optimizers._jax_traced import is_cut_off, with_safe_roots
 from gradlab.transforms.trees._jax import Tree, scalar_function, spread
 
@@ -40,11 +40,7 @@ def chosen(op: str, params: Any, mask: Any) -> Tree:
     if mask is None:
         return tree
     flags = spread(mask, params)
-    if len(flags) != len(tree.all) or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
-        raise InputError(
-            f"{op}: mask does not fit params; pass a tree of True (adapted) and False (held) with the structure "
-            "of params or of its upper part"
-        )
+    check_mask(op, flags, len(tree.all), "True (adapted) and False (held)")
     kept = [k for k, i in enumerate(tree.places) if flags[i]]
     if not kept:
         raise InputError(f"{op}: mask holds all of params; set True where they are to be adapted")

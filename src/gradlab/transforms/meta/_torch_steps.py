@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
@@ -18,6 +17,7 @@ from gradlab.transforms.implicit_functions._torch_levels import unrecorded
 from gradlab.transforms.implicit_functions._torch_linear import cg
 from gradlab.transforms.linearised._torch import tensors_only
 from gradlab.transforms.meta.plan import Plan, segments
+from gradlab.transforms.optimizers import check_mask
 from gradlab.transforms.repairs._torch import Level, Repair, repaired
 from gradlab.transforms.rules._torch import checkpoint
 from gradlab.transforms.trees._torch import Tree, flatten, scalar_function, spread
@@ -51,11 +51,7 @@ def chosen(op: str, params: Any, mask: Any) -> Tree:
     if mask is None:
         return tree
     flags = spread(mask, params)
-    if len(flags) != len(tree.all) or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
-        raise InputError(
-            f"{op}: mask does not fit params; pass a tree of True (adapted) and False (held) with the structure "
-            "of params or of its upper part"
-        )
+    check_mask(op, flags, len(tree.all), "True (adapted) and False (held)")
     kept = [k for k, i in enumerate(tree.places) if flags[i]]
     if not kept:
         raise InputError(f"{op}: mask holds all of params; set True where they are to be adapted")

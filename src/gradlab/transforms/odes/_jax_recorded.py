@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gradlab._errors import StrategyError
 from gradlab.transforms.odes._jax_pairs import paired
-from gradlab.transforms.odes._jax_rules import Forward, Problem, integrate
+from gradlab.transforms.odes._jax_rules import Forward, Problem, integrate, still
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -45,10 +45,7 @@ def _(problem: Problem, primals: Any, tangents: Any) -> Any:
 
     ys, pull, rest = jax.vjp(by_steps, *once(tuple(point)), has_aux=True)
     moved = paired(refused_forward, lambda pull, us: pull(us), pull, tuple(tangents[:3]), ys)
-    zero = lambda x: jnp.zeros(
-        x.shape, x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jax.dtypes.float0
-    )
-    return (ys, *rest), (moved, *jax.tree.map(zero, rest))
+    return (ys, *rest), (moved, *jax.tree.map(still, rest))
 
 
 @jax.custom_jvp
@@ -77,13 +74,13 @@ def stepped(
     problem: Problem, adjoint: Any, arrays: Any, ts: Any, y0: Any, params: Any, *, order: int = 4
 ) -> Any:
     """S as its steps give it. Times stand still in them, and move by a step of size zero at each."""
-    still = jax.lax.stop_gradient(ts)
+    fixed = jax.lax.stop_gradient(ts)
     field = lambda t, y: problem.field(t, y, params, arrays)
     nudge = partial(by_slope if order == 1 else by_classical_step, field)
     run = problem.integrator(jax.tree.leaves(y0)[0].dtype, adjoint=adjoint)
-    start = nudge(ts[0], y0, still[0] - ts[0])
-    found = run(Forward(problem.field), still[0], still[-1], start, (params, arrays), ts=still)
-    later = jax.vmap(nudge)(still[1:], jax.tree.map(lambda y: y[1:], found.ys), (ts - still)[1:])
+    start = nudge(ts[0], y0, fixed[0] - ts[0])
+    found = run(Forward(problem.field), fixed[0], fixed[-1], start, (params, arrays), ts=fixed)
+    later = jax.vmap(nudge)(fixed[1:], jax.tree.map(lambda y: y[1:], found.ys), (ts - fixed)[1:])
     ys = jax.tree.map(lambda y, ys: jnp.concatenate([y[None], ys]), y0, later)
     return ys, found.counts, found.status, jax.lax.stop_gradient(found.reached)
 

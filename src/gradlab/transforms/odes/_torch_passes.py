@@ -23,8 +23,7 @@ def solve(
     """The system integrated, of plain tensors."""
     one = problem.batch is None
     y = y0.detach().reshape(problem.batch or 1, -1)
-    times = checked(problem, ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]))
-    times = np.broadcast_to(times, (len(y), times.shape[1]))
+    times = checked(problem, on_host(ts, len(y)))
 
     def rates(t: Any, y: Any) -> Any:
         slope = problem.rates(t, y[0] if one else y, params)
@@ -49,6 +48,12 @@ def tolerance(problem: Problem, scales: Any, y: Any, recorded: bool) -> Toleranc
         return problem.options.tolerance(eps, recorded=recorded)
     scales = scales.reshape(-1, problem.parts).repeat_interleave(y.shape[1] // problem.parts, -1)
     return problem.options.tolerance(eps, problem.parts, scales, recorded=recorded)
+
+
+def on_host(ts: Any, count: int) -> np.ndarray:
+    """The times of each of so many examples, (count, T)."""
+    times = ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1])
+    return np.broadcast_to(times, (count, times.shape[1]))
 
 
 def checked(problem: Problem, ts: np.ndarray) -> np.ndarray:
@@ -149,9 +154,7 @@ def pull(
     """
     one = problem.batch is None
     us = us.detach().reshape(problem.batch or 1, *us.shape[-2:])
-    times = np.broadcast_to(
-        ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]), (len(us), ts.shape[-1])
-    )
+    times = on_host(ts, len(us))
     backward = Backward(problem, solved, wanted, params)
     states = solved.ys.expand(len(us), *solved.ys.shape[1:])
     ends = lambda i: problem.rates(

@@ -13,7 +13,7 @@ import torch
 
 from gradlab.transforms.custom_rules._torch_levels import tracked
 from gradlab.transforms.implicit_functions._torch import root
-from gradlab.transforms.odes._torch_passes import solve
+from gradlab.transforms.odes._torch_passes import on_host, solve
 from gradlab.transforms.odes._torch_rules import Solve, counted, fold, unfold
 from gradlab.transforms.odes._torch_systems import Problem, followed
 from gradlab.transforms.odes.rosenbrock import Rosenbrock
@@ -39,9 +39,7 @@ class Plan(torch.autograd.Function):
         switched = count if solved.switched is None else solved.switched
         notes.methods = [options.tableau] * switched + [options.stiff] * (count - switched)
         starts, ends = np.stack(found.starts, 1), np.stack(found.ends, 1)  # (B, steps)
-        times = np.broadcast_to(
-            ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1]), solved.ys.shape[:2]
-        )
+        times = on_host(ts, len(solved.ys))
         pairs = zip(found.knots, found.direction, times, strict=True)
         index = np.stack([np.searchsorted(knots, direction * t) for knots, direction, t in pairs])
         unreached, index = index == count, np.minimum(index, count - 1)

@@ -83,6 +83,17 @@ def check_number(op: str, name: str, value: Any) -> None:
         raise InputError(f"{op}: {name} is {value}; pass {needed}")
 
 
+def check_mask(op: str, flags: list[Any], count: int, meaning: str) -> None:
+    """Refuse a mask that is not one flag for each of so many leaves."""
+    import numpy as np  # here, that importing gradlab stays light
+
+    if len(flags) != count or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+        raise InputError(
+            f"{op}: mask does not fit params; pass a tree of {meaning} with the structure "
+            "of params or of its upper part"
+        )
+
+
 @by_framework
 def sgd(rate: Any, momentum: Any = None, nesterov: bool = False) -> Optimizer:
     """Gradient descent: u = -rate g, with momentum t ← g + momentum t and u = -rate t.

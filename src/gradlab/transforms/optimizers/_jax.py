@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gradlab._errors import InputError, KindError
-from gradlab.transforms.optimizers import Optimizer, check_number, check_options, check_rate
+from gradlab.transforms.optimizers import Optimizer, check_mask, check_number, check_options, check_rate
 from gradlab.transforms.optimizers._jax_traced import with_safe_roots
 from gradlab.transforms.trees._jax import spread
 
@@ -85,11 +85,7 @@ def decayed(op: str, weight_decay: Any, mask: Any) -> Any:
             raise InputError(f"{op}: update needs params; call update(gradients, state, params)")
         leaves, spec = jax.tree.flatten(gs)
         flags = spread(True if mask is None else mask, gs)
-        if len(flags) != len(leaves) or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
-            raise InputError(
-                f"{op}: mask does not fit params; pass a tree of True (decayed) and False with the structure of params "
-                "or of its upper part"
-            )
+        check_mask(op, flags, len(leaves), "True (decayed) and False")
         flags = jax.tree.unflatten(spec, flags)
         return jax.tree.map(lambda g, x, flag: g + weight_decay * x if flag else g, gs, params, flags), state
 

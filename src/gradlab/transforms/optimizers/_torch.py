@@ -9,7 +9,7 @@ from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from gradlab._errors import InputError, KindError
-from gradlab.transforms.optimizers import Optimizer, check_number, check_options, check_rate
+from gradlab.transforms.optimizers import Optimizer, check_mask, check_number, check_options, check_rate
 from gradlab.transforms.rules._torch import sqrt
 from gradlab.transforms.trees._torch import as_tensor, flatten, reordered, spread, unflatten
 
@@ -133,11 +133,7 @@ def decayed(op: str, weight_decay: Any, mask: Any) -> Optimizer:
             raise InputError(f"{op}: update needs params; call update(gradients, state, params)")
         leaves, spec = pytree.tree_flatten(gs)
         flags = spread(True if mask is None else mask, gs)
-        if len(flags) != len(leaves) or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
-            raise InputError(
-                f"{op}: mask does not fit params; pass a tree of True (decayed) and False with the structure of params "
-                "or of its upper part"
-            )
+        check_mask(op, flags, len(leaves), "True (decayed) and False")
         flags = pytree.tree_unflatten(flags, spec)
         return mapped(lambda g, x, flag: g + weight_decay * x if flag else g, gs, params, flags), state
 
