@@ -115,7 +115,10 @@ class Convolution:
     dy: Any = None
 
     def each(self) -> Tensor:
-        """Each example as a group of channels of its own."""
+        """Each example as a group of channels of its own; with one channel its patches, which are then few."""
+        if self.x.shape[2] == 1:
+            left, right = self.pair()
+            return (left.mT @ right).reshape(len(self.x), *self.view.value.shape)
         behind = lambda a: a.transpose(0, 1).flatten(1, 2)
         rows = self._backward(behind(self.x), behind(self.dy), len(self.x))
         return rows.unflatten(0, (len(self.x), -1))
@@ -148,11 +151,12 @@ class Convolution:
         x = functional.pad(self.x, edges)
         for i, (size, step, gap) in enumerate(zip(window, stride, dilation, strict=True)):
             x = x.unfold(3 + i, gap * (size - 1) + 1, step)[..., ::gap]
-        N, M, C = x.shape[:3]
-        out, k = math.prod(x.shape[3 : 3 + len(window)]), math.prod(window)
-        right = x.reshape(N, M, groups, C // groups, out, k).permute(0, 2, 1, 4, 3, 5)
-        left = self.dy.reshape(N, M, groups, -1, out).permute(0, 2, 1, 4, 3)
-        return left.reshape(N, groups, M * out, -1), right.reshape(N, groups, M * out, -1)
+        x, dy = x.unflatten(2, (groups, -1)), self.dy.unflatten(2, (groups, -1))
+        m, places = 3 + len(window), range(4, 4 + len(window))
+        taps = [place + len(window) for place in places]
+        left = dy.permute(0, 2, 3, 1, *places).flatten(3)
+        right = x.permute(0, 2, 3, *taps, 1, *places).flatten(m).flatten(2, -2)  # copied in runs of places
+        return left.mT, right.mT
 
 
 @dataclass
