@@ -92,6 +92,22 @@ def bench(
     sys.exit(run(preset.value, framework.value, device, dtype.value, out))
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Searched for records: .jsonl and .json.")] = Path("results"),
+    out: Annotated[Path | None, typer.Option(help="Default: the same folder.")] = None,
+) -> None:
+    """Write report.html, one page that needs no network, and report.md, of the records in a folder."""
+    from gradlab._errors import GradlabError
+    from gradlab.bench.report import write
+
+    try:
+        page, plain = write(folder, out)
+    except GradlabError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{page}\n{plain}")
+
+
 AT = "The point: a Python literal such as '[1.0, 2.0]' or '{\"w\": [1.0]}', a .npy or .npz file, or module:name."
 DATA = "A further argument of the function, given likewise; repeat it for more."
 FRAMEWORK = "Default: that of the point's arrays, else the one which the file imports."
