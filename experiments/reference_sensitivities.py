@@ -51,11 +51,15 @@ def sensitivities(e: Equation, method: str, tolerance: float) -> dict[str, np.nd
         return np.concatenate([np.array(e.f(t, y, p), dtype=float), slope.ravel()])
 
     def jacobian(t: float, z: np.ndarray) -> np.ndarray:
-        """Block-lower-triangular, without the second derivatives, which Newton's iteration can do without."""
+        """Block-lower-triangular; its second derivatives by differences, good enough for Newton's iteration."""
         J, _ = jacobians(e, t, z[:n], p)
-        blocks = np.zeros((len(z), len(z)))
+        blocks, here = np.zeros((len(z), len(z))), variational(t, z)
         blocks[:n, :n] = J
         blocks[n:, n:] = np.kron(J, np.eye(n + m))
+        for i in range(n):
+            moved = z.copy()
+            moved[i] += 1e-7 * max(abs(z[i]), 1e-3)
+            blocks[n:, i] = (variational(t, moved) - here)[n:] / (moved[i] - z[i])
         return blocks
 
     start = np.concatenate([y0, np.hstack([np.eye(n), np.zeros((n, m))]).ravel()])

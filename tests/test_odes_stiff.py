@@ -80,7 +80,7 @@ def test_the_switch_is_taken_once_and_only_where_needed():
 CASES = [
     pytest.param(framework, name, method, tolerance, marks=() if quick else pytest.mark.slow)
     for framework in FRAMEWORKS
-    for name in ("robertson", "hires")
+    for name in ("robertson", "hires", "oregonator")
     for method in ("kvaerno5", "rodas5p", "auto")
     for tolerance in (1e-4, 1e-7)
     for quick in [name == "robertson" and tolerance == 1e-4 and (framework == "torch" or method == "auto")]
