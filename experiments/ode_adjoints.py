@@ -182,7 +182,7 @@ def measure(fw: Tools, problem: Problem, preset: str) -> list[dict[str, Any]]:
     )
     if problem.truth is None:
         finest = fw.gradient(lambda x: solved(x, 1e-10, "auto")[0], x, False)
-        problem = replace(problem, truth=np.array(finest(x)))
+        problem = replace(problem, truth=np.asarray(finest(x)))
     rows: list[dict[str, Any]] = []
     cells = [(rtol, adjoint) for rtol in TOLERANCES[preset] for adjoint in COLOURS]
     slow = set()
@@ -194,7 +194,7 @@ def measure(fw: Tools, problem: Problem, preset: str) -> list[dict[str, Any]]:
         value = lambda x, rtol=rtol, adjoint=adjoint: solved(x, rtol, adjoint)[0]
         try:
             gradient = fw.gradient(value, x, adjoint == "forward")
-            row |= cost(fw, gradient, x, preset, lambda found: problem.error(np.array(found)))
+            row |= cost(fw, gradient, x, preset, lambda found: problem.error(np.asarray(found)))
         except RuntimeError as refusal:
             row["refused"] = str(refusal).split(";")[0][-200:]
         if row.get("seconds", 0) > LONG_S:
@@ -246,7 +246,7 @@ def lengths(fw: Tools, preset: str) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"problem": "linear", "steps": steps, "adjoint": adjoint}
             gradient = fw.gradient(value, x, False)
             start = process_time()
-            row["error"] = problem.error(np.array(gradient(x)))
+            row["error"] = problem.error(np.asarray(gradient(x)))
             row["seconds"] = process_time() - start
             rows.append({**row, "bytes": fw.bytes(gradient, x)})
     return rows
@@ -263,6 +263,7 @@ def by_hand(fw: Tools, rtol: float, repeats: int) -> dict[str, list[float]]:
     term = dfx.ODETerm(f)
     kinds = {
         "value": dfx.ForwardMode(),
+        "auto": dfx.RecursiveCheckpointAdjoint(),
         "direct": dfx.DirectAdjoint(),
         "checkpoint": dfx.RecursiveCheckpointAdjoint(),
         "backsolve": dfx.BacksolveAdjoint(stepsize_controller=controller),
@@ -293,7 +294,7 @@ def by_hand(fw: Tools, rtol: float, repeats: int) -> dict[str, list[float]]:
     ratios = {}
     for name, kind in kinds.items():
         mode = (lambda g: g) if name == "value" else jax.grad
-        adjoint = "auto" if name == "value" else name
+        adjoint = "auto" if name == "value" else name  # which diffrax has not: beside its default
         pair = {
             "gradlab": jax.jit(mode(lambda x: ours(x, adjoint))),
             "diffrax": jax.jit(mode(lambda x: theirs(x, kind))),
@@ -378,8 +379,8 @@ def main(
     os.environ["JAX_ENABLE_X64"] = "1"
     fw = tools(framework.value)
     simple = known("linear")
-    last = lambda x: simple.loss(fw.odeint, fw.xp, fw.array, x, 1e-9, method="tsit5")[0]
-    check.derivatives(last, fw.array(simple.x), order=1, accuracy=1e-7).raise_if_failed()
+    last = lambda x: simple.loss(fw.odeint, fw.xp, fw.array, x, 1e-6, method="tsit5")[0]
+    check.derivatives(last, fw.array(simple.x), order=1, accuracy=1e-4).raise_if_failed()
     names = [name for name in only.split(",") if name] or PROBLEMS[preset.value]
     rows = []
     for name in names:
