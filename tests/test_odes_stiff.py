@@ -38,6 +38,36 @@ def test_order_of_convergence(method):
     assert np.log2(errors[0] / errors[1]) > order - 0.2
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("method", [m for m in IMPLICIT if m.startswith("kvaerno")])
+@pytest.mark.slow
+def test_fixed_steps_are_those_of_diffrax(framework, method):
+    """Called by hand; linear in y, that Newton's iteration is done to rounding."""
+    diffrax, fw, jax = pytest.importorskip("diffrax"), load(framework), load("jax")
+    A, y0, end = [[-30.0, 2.0], [5.0, -1.0]], [1.0, -0.5], 1.6
+    f = lambda fw: lambda t, y, A: A @ y + fw.xp.sin(3 * t)
+    ours = fw.gl.odeint(
+        f(fw), fw.array(y0), fw.array([0.0, end]), fw.array(A), method=method, step_size=0.1
+    ).ys[-1]
+    solver = getattr(diffrax, method.capitalize())(root_finder=diffrax.VeryChord(rtol=1e-12, atol=1e-12))
+    theirs = diffrax.diffeqsolve(
+        diffrax.ODETerm(f(jax)), solver, 0.0, end, 0.1, jax.array(y0), jax.array(A)
+    ).ys[-1]
+    assert np.allclose(fw.numpy(ours), np.asarray(theirs), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.slow
+def test_states_are_those_of_scipy(framework, name):
+    """DOP853, or Radau where stiff, at 1e-12."""
+    fw, e = load(framework), EQUATIONS[name]
+    reference, smallest = e.reference(), 1e-6 if e.stiff else 1.0
+    method = "kvaerno5" if e.stiff else "tsit5" if name == "van_der_pol_100" else "dopri8"
+    found = solve(fw, name, method=method, rtol=1e-8, atol=1e-8 * smallest, max_steps=100_000)
+    assert np.abs(fw.numpy(found.ys[-1]) - reference["y"]).max() < 1e-7 * np.abs(reference["y"]).max()
+
+
 @pytest.mark.parametrize("method", IMPLICIT)
 def test_few_steps_where_an_equation_is_stiff(method):
     fw = load("torch")
