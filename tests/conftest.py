@@ -57,6 +57,7 @@ LONGER = (
     "test_rules.py::test_at_zero_the_norm_and_the_root_are_flat[jax]",
     "test_rules.py::test_batches_of_matrices[jax]",
     "test_rules.py::test_eigh_of_hermitian_matrices[jax]",
+    "test_pytest_plugin.py::test_an_absent_framework_is_skipped[torch-jax]",
     "test_rules.py::test_every_mode_to_second_order[jax-eigh]",
     "test_rules.py::test_every_mode_to_second_order[jax-log1mexp]",
     "test_rules.py::test_every_mode_to_second_order[jax-logsumexp]",

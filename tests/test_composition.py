@@ -8,6 +8,20 @@ import composition
 from frameworks import FRAMEWORKS, load
 
 COMPILED = ("compiled", "compiled vmap", "compiled grad")
+QUICK = (
+    "hvp",
+    "hessian",
+    "jacobian, reverse",
+    "ggn_vp",
+    "per_example_grads",
+    "per_example_norms",
+    "clipped_grad",
+)
+PARTS = {
+    "quick": lambda name: name in QUICK,
+    "rest": lambda name: name not in QUICK and "meta" not in name,
+    "meta": lambda name: "meta" in name,
+}
 
 
 def documented(framework):
@@ -17,14 +31,16 @@ def documented(framework):
     return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
 
 
-@pytest.mark.parametrize("meta", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "meta"])
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=() if part == "quick" else pytest.mark.slow) for part in PARTS]
+)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_every_cell(framework, meta):
+def test_every_cell(framework, part):
     """A cell that is wrong raises, naming operation and transform; one that changed differs from the page."""
     fw = load(framework)
     page = documented(framework)
     for case in composition.cases(fw):
-        if ("meta" in case.name) != meta:
+        if not PARTS[part](case.name):
             continue
         for name, transform in composition.transforms(fw).items():
             try:
