@@ -112,12 +112,16 @@ class Seen(TorchFunctionMode):
         super().__init__()
         self.known = {id(t): t for t in given}
         self.closed: list[Any] = []
+        self.wrapped: list[Any] = []  # by a transform within
         self.level = len(get_interpreter_stack() or ())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in self._new((args, kwargs)):
-            if -1 <= maybe_get_level(t) <= self.level:  # else of a transform within, -2 of one that has ended
+            level = maybe_get_level(t)
+            if -1 <= level <= self.level:  # -2: of one that has ended
                 self.closed.append(t)
+            elif level > self.level:
+                self.wrapped.append(t)
         result = func(*args, **(kwargs or {}))
         self._new(result)
         return result

@@ -9,7 +9,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
 from gradlab._errors import KindError, StrategyError
-from gradlab.transforms.custom_rules._torch_levels import base, closed_over, innermost, tracked
+from gradlab.transforms.custom_rules._torch_levels import (
+    base,
+    closed_over,
+    innermost,
+    tracked,
+    transforming,
+)
 from gradlab.transforms.implicit_functions._torch_levels import Seen
 from gradlab.transforms.odes._torch_events import until
 from gradlab.transforms.odes._torch_replay import states
@@ -45,9 +51,12 @@ def odeint(
     ts = times(ts, tree)
     leaves, spec = pytree.tree_flatten(tuple(as_tensors(args)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    bare = all(isinstance(x, torch.Tensor) for x in args)
     tensors = [leaves[i] for i in places]
 
     def put(tensors: Any) -> Any:
+        if bare:
+            return tensors
         filled = list(leaves)
         for i, x in zip(places, tensors, strict=True):
             filled[i] = x
@@ -55,7 +64,10 @@ def odeint(
 
     y = tree.ravel(tree.leaves)
     equation = Equation(f, form(tree), put, [])
-    look_at(equation, event, ts, y, tensors)
+    if transforming() or gradient_error:
+        look_at(equation, event, ts, y, tensors)
+    elif torch.is_grad_enabled():  # else no derivative can be taken
+        look_recorded(equation, event, ts, y, tensors)
     params = [*tensors, *equation.closed]
     problem = Problem(equation, options, (False,) * len(params), equation.closed)
     if innermost([ts, y, *params]) == "forward":
@@ -66,6 +78,7 @@ def odeint(
         (ys, info), time = states(problem, record, scales, ts, y, params), None
     else:
         ys, info, time = until(problem, event, scales, ts, y, params, record)
+    equation.first = None
     stats = {"evaluations": info[0], "accepted": info[1], "rejected": info[2]}
     error = discrepancy(problem, scales, ts, y, params) if gradient_error else None
     return Solution(tree.put(tree.split(ys)), stats, info[3], error, time)
@@ -111,6 +124,52 @@ def times(ts: Any, tree: Tree) -> Any:
     if ts.is_complex() or ts.dtype == torch.bool:
         raise KindError(f"odeint: ts is of {ts.dtype}; pass times as floats")
     return (ts if ts.is_floating_point() else ts.to(torch.float64)).to(tree.leaves[0].device)
+
+
+def look_recorded(equation: Equation, event: Any, ts: Any, y: Any, tensors: list[Any]) -> None:
+    """The same in plain eager code, where the graph that f leaves shows whatever was missed; it is the first slope."""
+    t, repair, given = ts[0].detach().to(y.dtype), Repair(Level.ALL), [x.detach() for x in tensors]
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        state = leaf.view_as(leaf)
+        with Seen([t, leaf, state, *given]) as seen, repair:
+            slope = equation(t, state, *given)
+            if event is not None:
+                equation.value(event, t, state, *given)
+    begin = state.grad_fn._sequence_nr()
+    old = lambda x: x.requires_grad and (x.grad_fn is None or x.grad_fn._sequence_nr() < begin)
+    used = {id(x): x for x in seen.closed if old(x)}
+    equation.closed += {
+        id(x): x for x in [*used.values(), *closed_over([equation.f, event])] if old(x)
+    }.values()
+    inner = [x for x in map(base, seen.wrapped) if old(x)]
+    hidden = any(id(x) in used or id(x) not in seen.known for x in inner)
+    if hidden or not reaches_only(slope, [leaf, *used.values()], begin):
+        raise StrategyError(UNFOLLOWED)
+    if repair.names:
+        equation.f = repaired(equation.f)
+    else:
+        equation.first = slope.detach()
+
+
+def reaches_only(slope: Any, tensors: list[Any], begin: int) -> bool:
+    """Whether a graph, from its node number `begin` on, ends at these tensors."""
+    ends = [x.grad_fn for x in tensors]
+    nodes = [slope.grad_fn] if slope.grad_fn is not None else []
+    seen = set(nodes)
+    for node in nodes:  # grows meanwhile
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            if not any(variable is x for x in tensors):
+                return False
+        elif node._sequence_nr() < begin:
+            if not any(node is end for end in ends):
+                return False
+        else:
+            new = {other for other, _ in node.next_functions if other is not None} - seen
+            seen |= new
+            nodes += new
+    return True
 
 
 def look_at(equation: Equation, event: Any, ts: Any, y: Any, tensors: list[Any]) -> None:

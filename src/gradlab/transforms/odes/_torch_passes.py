@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.graph import _engine_run_backward
 
 from gradlab._errors import ConvergenceError, InputError
 from gradlab.transforms.odes._torch_stages import Field, jacobians
-from gradlab.transforms.odes._torch_steps import integrate
+from gradlab.transforms.odes._torch_steps import Start, integrate
 from gradlab.transforms.odes._torch_systems import Problem
 from gradlab.transforms.odes._torch_trajectory import Solved
 from gradlab.transforms.odes.options import Status, Tolerance
@@ -24,18 +25,18 @@ def solve(
     one = problem.batch is None
     y = y0.detach().reshape(problem.batch or 1, -1)
     times = checked(problem, on_host(ts, len(y)))
-
-    def rates(t: Any, y: Any) -> Any:
-        slope = problem.rates(t, y[0] if one else y, params)
-        return slope[None] if one else slope
-
-    field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(rates, t, y))
+    rates = problem.field(params)
+    first = getattr(problem.system, "first", None) if one else None
+    shape = problem.system.shape if one else None
+    flat = rates if shape is None else lambda t, y: rates(t, y.view(shape)).reshape(1, -1)
+    field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(flat, t, y), shape=shape)
     keep = record if record == "steps" else record and problem.options.adjoint != "backsolve"
     along = tolerance(problem, scales, y, record is True)
     meets = None
     if event is not None:
         meets = lambda t, y: problem.system.rates(t, y[0] if one else y, params, problem.flags, event)
-    solved = integrate(field, times, y, along, keep, event=meets)
+    start = Start(slope=None if first is None else first[None])
+    solved = integrate(field, times, y, along, keep, event=meets, start=start)
     if problem.options.throw and solved.status.any():
         raise failure(problem, solved, times)
     return solved
@@ -52,16 +53,18 @@ def tolerance(problem: Problem, scales: Any, y: Any, recorded: bool) -> Toleranc
 
 def on_host(ts: Any, count: int) -> np.ndarray:
     """The times of each of so many examples, (count, T)."""
+    if count == 1 and ts.ndim == 1:
+        return np.array([ts.tolist()])
     times = ts.detach().double().cpu().numpy().reshape(-1, ts.shape[-1])
-    return np.broadcast_to(times, (count, times.shape[1]))
+    return times if len(times) == count else np.broadcast_to(times, (count, times.shape[1]))
 
 
 def checked(problem: Problem, ts: np.ndarray) -> np.ndarray:
     """Times that rise or fall throughout."""
-    steps = np.diff(ts)
+    steps = ts[:, 1:] - ts[:, :-1]
     if problem.repeats:
         return ts
-    if not np.isfinite(ts).all() or not ((steps > 0).all(1) | (steps < 0).all(1)).all():
+    if not (np.isfinite(ts).all() and ((steps > 0) == (steps[:, :1] > 0)).all() and steps.all()):
         raise InputError(
             "odeint: ts is not sorted, or holds a time twice; pass times that rise, or fall, throughout"
         )
@@ -93,15 +96,16 @@ class Backward:
                 p, flags[i] = p.detach().requires_grad_(), flags[i] or not self.one
             self.xs.append(p if original or i in wanted else p.detach())
         self.leaves = [self.xs[i] for i in wanted]
-        self.flags = tuple(flags)
+        self.rates = problem.field(self.xs, flags)
+        self.shape = problem.system.shape if self.one else None
+        self.known: dict[float, Any] = {}  # slopes of one example at times that are wanted
         ahead = self.trajectory.ahead if self.trajectory is not None else None
         self.field = Field(self.slopes, self.jacobians, ahead)
         self.timed = True  # whether f depends on t, as far as is known
 
-    def rates(self, t: Any, y: Any) -> Any:
-        """f."""
-        slope = self.problem.system.rates(t, y[0] if self.one else y, self.xs, self.flags)
-        return slope[None] if self.one else slope
+    def flat(self, t: Any, y: Any) -> Any:
+        """f of states (B, n)."""
+        return self.rates(t, y if self.shape is None else y.view(self.shape)).reshape(y.shape)
 
     def split(self, time: Any, a: Any) -> tuple[Any, Any]:
         """a and y, of a state."""
@@ -111,18 +115,22 @@ class Backward:
         """Those of the state, and the integrands: of the params, and of t if f depends on it."""
         a, y = self.split(time, state)
         with torch.enable_grad():
-            y = y.detach().requires_grad_()
+            y = (y if self.shape is None else y.view(self.shape)).detach().requires_grad_()
             t = t.requires_grad_() if self.timed else t
             slope = self.rates(t, y)
-            inputs = (y, *self.leaves, t) if self.timed else (y, *self.leaves)
-            if not slope.requires_grad:
-                back: Any = [None] * len(inputs)
-            else:
-                back = torch.autograd.grad(slope, inputs, -a, allow_unused=True)
+        inputs = (y, *self.leaves, t) if self.timed else (y, *self.leaves)
+        back: Any = [None] * len(inputs)
+        if slope.requires_grad:  # torch.autograd.grad, less what it looks at first
+            u = torch.neg(a).view(slope.shape)
+            back = _engine_run_backward((slope,), (u,), False, False, inputs, True, accumulate_grad=False)
         if self.timed and back[-1] is None:
             self.timed, inputs, back = False, inputs[:-1], back[:-1]
         back = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, back, strict=True)]
-        moved = back[0] if self.trajectory is not None else torch.cat([back[0], slope.detach()], -1)
+        moved = back[0].reshape(a.shape)
+        if self.one and time in self.known:
+            self.known[time] = slope.detach().reshape(a.shape)
+        if self.trajectory is None:
+            moved = torch.cat([moved, slope.detach().reshape(a.shape)], -1)
         if len(back) == 1:
             return moved, None
         rows = [g.reshape(len(a), -1) for g in back[1:]]
@@ -131,7 +139,7 @@ class Backward:
     def jacobians(self, time: Any, t: Any, state: Any) -> Any:
         """That of a, -Jᵀ; of a second half J, without how it moves the first, which comes after it in any iteration."""
         _, y = self.split(time, state)
-        J, _ = jacobians(self.rates, t, y)
+        J, _ = jacobians(self.flat, t, y)
         if self.trajectory is not None:
             return -J.mT, None
         zeros = torch.zeros_like(J)
@@ -157,28 +165,36 @@ def pull(
     times = on_host(ts, len(us))
     backward = Backward(problem, solved, wanted, params)
     states = solved.ys.expand(len(us), *solved.ys.shape[1:])
-    ends = lambda i: problem.rates(
-        torch.tensor(times[:, i]).to(us), states[0, i] if one else states[:, i], params
-    )
+    backward.known = dict.fromkeys(times[0].tolist()) if one else {}
+
+    def ends(i: int) -> Any:
+        slope = backward.known.get(times[0, i])
+        if slope is None:
+            with torch.no_grad():
+                slope = backward.flat(torch.tensor(times[:, i]).to(us), states[:, i])
+        return slope
+
     along = tolerance_backwards(problem, scales, us)
     check = Check(problem, us) if problem.parts == 1 else None
     backsolve = backward.trajectory is None
     if backsolve:
         along = with_state(problem, scales, states, along)
     a, total, stiff, y = torch.zeros_like(us[:, 0]), 0.0, solved.stiff, states[:, -1]
-    dts, suspect = torch.zeros_like(us[..., 0]), False
+    dts, suspect, size = torch.zeros_like(us[..., 0]), False, solved.size
     for i in range(us.shape[1] - 1, 0, -1):
         u = us[:, i]
         a = a + u
         moving = bool(a.any())
-        if timed or (check and moving):
-            with torch.no_grad():
-                slope = ends(i)
-            dts[:, i] = (u * slope).sum(-1)
         if not moving and not backsolve:
+            if timed:
+                dts[:, i] = (u * ends(i)).sum(-1)
             continue
         state = torch.cat([a, y], -1) if backsolve else a
-        back = integrate(backward.field, times[:, [i, i - 1]], state, along, stiff=stiff)
+        start = Start(size=size)
+        back = integrate(backward.field, times[:, [i, i - 1]], state, along, stiff=stiff, start=start)
+        size = back.size
+        if timed or check:
+            dts[:, i] = (u * ends(i)).sum(-1)
         if problem.options.throw and back.status.any():
             raise failure(problem, back, times)
         if check:
@@ -189,8 +205,7 @@ def pull(
     if backsolve:
         a = returned(problem, scales, y, states[:, 0], a)
     if timed or check:
-        with torch.no_grad():
-            slope = ends(0)
+        slope = ends(0)
         dts[:, 0] = -(a * slope).sum(-1)
         if check:
             drift = total[:, -1] if backward.timed and not isinstance(total, float) else 0.0
@@ -220,6 +235,10 @@ def split_params(problem: Problem, wanted: Any, params: Any, total: Any, one: bo
 
 def tolerance_backwards(problem: Problem, scales: Any, us: Any) -> Tolerance:
     """Of the adjoint, in units of the cotangent: a part of the state in units c has an adjoint in units of 1 / c."""
+    if problem.parts == 1:
+        unit = us.abs().amax((1, 2))[:, None]
+        each = torch.where(unit > 0, unit, 1.0)
+        return problem.options.tolerance(torch.finfo(us.dtype).eps, 1, each, backward=True)
     parts = us.reshape(len(us), us.shape[1], problem.parts, -1).abs().amax((1, 3))  # (B, parts)
     scales = scales.reshape(-1, problem.parts).to(us)
     unit = (parts * scales).amax(1, keepdim=True)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradlab.transforms.custom_rules._torch_levels import tracked
+from gradlab.transforms.custom_rules._torch_levels import tracked, transforming
 from gradlab.transforms.implicit_functions._torch import root
 from gradlab.transforms.odes._torch_passes import on_host, solve
-from gradlab.transforms.odes._torch_rules import Solve, counted, fold, unfold
+from gradlab.transforms.odes._torch_rules import Solve, applied, counted, fold, unfold
 from gradlab.transforms.odes._torch_systems import Problem, followed
 from gradlab.transforms.odes.rosenbrock import Rosenbrock
 from gradlab.transforms.odes.tableaux import RK4
@@ -170,7 +170,9 @@ def states(problem: Problem, record: bool, scales: Any, ts: Any, y0: Any, params
     """The states at ts and the counts, with derivatives by the adjoint asked for."""
     if problem.options.adjoint in ("direct", "checkpoint") and len(ts) > 1:
         return replayed(problem, scales, ts, y0, params)
-    return Solve.apply(problem, record, scales, ts, y0, *params)
+    if record or transforming():
+        return applied(Solve, problem, record, scales, ts, y0, *params)
+    return Solve.forward(problem, record, scales, ts, y0, *params)
 
 
 def replayed(problem: Problem, scales: Any, ts: Any, y0: Any, params: Sequence[Any]) -> tuple[Any, Any]:

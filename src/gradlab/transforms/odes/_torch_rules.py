@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from gradlab._errors import GradientWarning
-from gradlab.transforms.custom_rules._torch_levels import without_tangents
+from gradlab.transforms.custom_rules._torch_levels import transforming, without_tangents
 from gradlab.transforms.linearised._torch import materialised
 from gradlab.transforms.odes._torch_passes import pull, solve
 from gradlab.transforms.odes._torch_systems import Problem
@@ -47,7 +48,7 @@ class Solve(torch.autograd.Function):
         scales, ts, y0, *params = map(ctx.problem.own, ctx.saved_tensors)
         wanted = tuple(i for i, need in enumerate(ctx.needs_input_grad[5:]) if need)
         timed = ctx.needs_input_grad[3]
-        out = Adjoint.apply(ctx.problem, ctx.latest, timed, wanted, scales, us, ts, y0, *params)
+        out = applied(Adjoint, ctx.problem, ctx.latest, timed, wanted, scales, us, ts, y0, *params)
         grads: list[Any] = [None] * len(params)
         for i, g in zip(wanted, out[2:], strict=True):
             grads[i] = g
@@ -139,6 +140,13 @@ class Adjoint(torch.autograd.Function):
         folded, given = fold(problem, size, dims, given, 4)
         out = Adjoint.apply(folded, None, timed, wanted, *given)
         return split_examples(problem, folded, size, timed, wanted, out)
+
+
+def applied(function: Any, *args: Any) -> Any:
+    """function.apply(*args), which torch precedes by a look at its signature that only transforms have need of."""
+    if transforming():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def counted(solved: Any) -> Any:

@@ -31,6 +31,14 @@ class Field:
     ahead: Callable[[list[float]], None] | None = (
         None  # told of the times of one example's step, to prepare for them
     )
+    shape: tuple[int, ...] | None = None  # of one example's states and slopes there; None: (1, n)
+
+    def __call__(self, time: Any, t: Any, y: Any) -> tuple[Any, Any]:
+        """slopes, of (B, n) and so itself."""
+        if self.shape is None:
+            return self.slopes(time, t, y)
+        slope, integrand = self.slopes(time, t, y.view(self.shape))
+        return slope.reshape(y.shape), integrand
 
 
 def jacobians(rates: Callable[..., Any], t: Any, y: Any) -> tuple[Any, Any]:
@@ -38,7 +46,7 @@ def jacobians(rates: Callable[..., Any], t: Any, y: Any) -> tuple[Any, Any]:
     of them is wrong.
     """
     with torch.enable_grad():
-        t, y = t.detach().requires_grad_(), y.detach().requires_grad_()
+        t, y = t.detach().reshape(-1).requires_grad_(), y.detach().requires_grad_()
         slope = rates(t, y)
     (B, n), back = y.shape, partial(_pulled, slope, (y, t))
     if not slope.requires_grad:
@@ -64,9 +72,10 @@ class Weights:
 
     a: list[Any]
     b: Any
-    error: Any
+    error: Any  # the error, the step, and (explicit methods) two differences of slopes and states at the end
     dense: Any
     c: Any
+    rounding: float  # of the error, as a share of the step
     inner: list[Any]  # what predicts a stage, or couples it to those before
 
 
@@ -74,7 +83,7 @@ class Weights:
 def weights(tableau: Tableau | Rosenbrock, dtype: torch.dtype, device: torch.device) -> Weights:
     """A tableau as tensors of this kind."""
     tensor = lambda row: torch.tensor(row, dtype=dtype, device=device)
-    rows = [] if tableau.error is None else [tableau.error]
+    rows = [] if tableau.error is None else [tableau.error, tableau.b]
     if not tableau.implicit and tableau.c[-2] == tableau.c[-1]:  # two slopes and their states at the end
         n, unit = tableau.stages, lambda i: [float(i == j) for j in range(tableau.stages)]
         last, other = [*tableau.a[-1], 0.0], [*tableau.a[-2], 0.0, 0.0]
@@ -86,6 +95,7 @@ def weights(tableau: Tableau | Rosenbrock, dtype: torch.dtype, device: torch.dev
         tensor(rows),
         tensor(tableau.dense),
         tensor(tableau.c),
+        3 * torch.finfo(dtype).eps * float(np.linalg.norm(tableau.error or 0.0)),
         [tensor(row) for row in inner],
     )
 
@@ -112,7 +122,7 @@ class Stages:
         torch.mul(run.slope, column, out=self.K[0])
         for i in range(1, self.tableau.stages):
             y = torch.addmv(flat, self.before[i], self.weights.a[i]).view(run.shape)
-            slope, integrand = run.f.slopes(t + self.tableau.c[i] * h, times[i], y)
+            slope, integrand = run.f(t + self.tableau.c[i] * h, times[i], y)
             torch.mul(slope, column, out=self.K[i])
             if self.Q is not None:
                 torch.mul(integrand, column, out=self.Q[i])
@@ -127,13 +137,72 @@ class Stages:
             torch.mul(run.integrand, column, out=self.Q[0])
         return column, times, run.y.view(-1)
 
+    errors: Any  # the first of the rows of the weights of errors
+
+    def compared(self, rows: Any, scale: Any) -> Any:
+        """The sizes of sums of the stages in these units."""
+        return self.run.norms(self.sums(rows), scale)
+
     def sums(self, rows: Any) -> Any:
         """Sums (k, B, n) of the stages with these weights (k, stages)."""
         return (rows @ self.flat).view(-1, *self.run.shape)
 
+    def gained(self, total: Any) -> Any:
+        """The integrals at the end of the step."""
+        return None if total is None else total + torch.tensordot(self.weights.b, self.Q, 1)
+
     def polynomial(self) -> Any:
         """The coefficients (degree, B, n) of the powers of θ, from the first on."""
         return self.sums(self.weights.dense)
+
+
+class Single(Stages):
+    """Those of one example, where h is a number: K holds the slopes themselves, and Q the sum alone."""
+
+    def __init__(self, run: Any, tableau: Any):
+        self.run, self.tableau = run, tableau
+        self.weights = weights(tableau, run.y.dtype, run.y.device)
+        self.flat = run.y.new_empty(tableau.stages, run.y.numel())
+        self.rows = self.flat.view(-1, *(run.shape if run.f.shape is None else run.f.shape)).unbind()
+        self.before = [None, *(self.flat.T.narrow(1, 0, i) for i in range(1, tableau.stages))]
+
+    def __call__(self, t: Any, h: Any) -> tuple[Any, Any, Any, Any]:
+        """As of Stages."""
+        run, c, a, b = self.run, self.tableau.c, self.weights.a, self.tableau.b
+        self.h, flat, slopes, shape = (
+            h,
+            run.y.view(-1),
+            run.f.slopes,
+            run.shape if run.f.shape is None else run.f.shape,
+        )
+        if run.f.ahead is not None:
+            run.f.ahead([t + x * h for x in c[1:]])
+        times = (self.weights.c * h).add_(t).unbind()
+        self.flat[0].copy_(run.slope[0])
+        self.Q = integrand = run.integrand
+        if integrand is not None:
+            self.Q = integrand * (b[0] * h)
+        for i in range(1, len(c)):
+            y = torch.addmv(flat, self.before[i], a[i], alpha=h)
+            slope, integrand = slopes(t + c[i] * h, times[i], y.view(shape))
+            self.rows[i].copy_(slope)
+            if integrand is not None and b[i] != 0:
+                self.Q.add_(integrand, alpha=b[i] * h)
+        run.evaluations += len(c) - 1
+        return y.view(run.shape), slope.reshape(run.shape), integrand, False
+
+    def compared(self, rows: Any, scale: Any) -> Any:
+        """As of Stages."""
+        unit = abs(self.h)
+        return [size * unit for size in self.run.norms((rows @ self.flat)[:, None], scale)]
+
+    def sums(self, rows: Any) -> Any:
+        """As of Stages."""
+        return (rows @ self.flat).mul_(self.h).view(-1, *self.run.shape)
+
+    def gained(self, total: Any) -> Any:
+        """As of Stages."""
+        return None if total is None else total + self.Q
 
 
 class Implicit(Stages):
@@ -171,7 +240,7 @@ class Diagonal(Implicit):
         for i in range(1, self.tableau.stages):
             base = torch.addmv(flat, self.before[i], self.weights.a[i]).view(run.shape)
             guess = torch.mv(self.before[i], self.weights.inner[i]).view(run.shape)
-            at = partial(run.f.slopes, t + self.tableau.c[i] * h, times[i])
+            at = partial(run.f, t + self.tableau.c[i] * h, times[i])
             self.K[i], lost = self.newton(at, base, guess, column, solve, scale, h)
             failed = failed | lost
             y = torch.add(base, self.K[i], alpha=self.tableau.diagonal)
@@ -230,13 +299,13 @@ class Linear(Implicit):
         for i in range(tableau.stages):
             if i > 0:
                 y = torch.addmv(flat, self.before[i], w.a[i]).view(run.shape)
-                slope, _ = run.f.slopes(t + tableau.c[i] * h, times[i], y)
+                slope, _ = run.f(t + tableau.c[i] * h, times[i], y)
             right = torch.addcmul(tableau.drift[i] * drift, slope, column)
             if i > 0:
                 right = right + torch.mv(self.before[i], w.inner[i]).view(run.shape)
             self.K[i] = solve(tableau.diagonal * right)
         y = run.y + self.sums(w.b[None])[0]
-        slope, integrand = run.f.slopes(t + h, run.column(t + h).view(-1), y)
+        slope, integrand = run.f(t + h, run.column(t + h).view(-1), y)
         run.evaluations += tableau.stages
         return y, slope, integrand, run.nobody
 
@@ -245,4 +314,6 @@ def stages(run: Any, tableau: Tableau | Rosenbrock) -> Stages:
     """Those of this method."""
     if isinstance(tableau, Rosenbrock):
         return Linear(run, tableau)
-    return (Diagonal if tableau.implicit else Stages)(run, tableau)
+    if tableau.implicit:
+        return Diagonal(run, tableau)
+    return (Single if run.one else Stages)(run, tableau)

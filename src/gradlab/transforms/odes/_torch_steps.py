@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,14 @@ EPS = float(np.finfo(float).eps)
 STIFF, STEPS, OTHERS = 3.25, 15, 6
 
 
+@dataclass
+class Start:
+    """What is known before the first step."""
+
+    slope: Any = None
+    size: Any = None  # of a step that will do, of each example
+
+
 def integrate(
     f: Field,
     ts: np.ndarray,
@@ -26,6 +36,7 @@ def integrate(
     record: Any = False,
     stiff: Any = None,
     event: Any = None,
+    start: Start | None = None,
 ) -> Solved:
     """Integrate from states y (B, n) at ts[:, 0] along times ts (B, T).
 
@@ -34,7 +45,7 @@ def integrate(
     finished.
     """
     with torch.no_grad(), np.errstate(all="ignore"):
-        run = Run(f, ts, y, tolerance, record, stiff, event)
+        run = Run(f, ts, y, tolerance, record, stiff, event, start or Start())
         while run.some(run.going):
             run.step()
         if run.some(run.stiff):
@@ -52,7 +63,15 @@ class Run:
     """
 
     def __init__(
-        self, f: Field, ts: np.ndarray, y: Any, tolerance: Tolerance, record: Any, stiff: Any, event: Any
+        self,
+        f: Field,
+        ts: np.ndarray,
+        y: Any,
+        tolerance: Tolerance,
+        record: Any,
+        stiff: Any,
+        event: Any,
+        start: Start,
     ):
         self.f, self.y, self.tolerance = f, y.contiguous(), tolerance
         self.tableau: Any = tolerance.tableau
@@ -63,40 +82,48 @@ class Run:
         self.least, self.most, self.every, self.some = pairs
         self.chosen = (lambda mask, a, b: a if mask else b) if self.one else np.where
         self.ts = ts
-        self.ahead = ts * np.sign(ts[:, -1:] - ts[:, :1])  # rising
-        self.reached = np.zeros(B, dtype=int)  # of ts, the last that is passed
+        self.ahead = (ts * np.sign(ts[:, -1:] - ts[:, :1])).tolist()  # rising
+        self.reached = [0] * B  # of ts, the last that is passed
         self.t, self.end = self.numbers(ts[:, 0]), self.numbers(ts[:, -1])
         self.direction = self.numbers(np.sign(ts[:, -1] - ts[:, 0]))
-        self.status, self.accepted, self.rejected = (self.numbers(np.zeros(B)) for _ in range(3))
-        self.last_error = self.numbers(np.ones(B))
+        least, none = self.least, 0.0 if self.one else np.zeros(B)
+        self.status, self.accepted, self.rejected = none, none + 0, none + 0
+        self.last_error, self.planned = none + 1, none + 0
         self.early: Any = True if self.one else np.ones(B, dtype=bool)
         self.evaluations, self.tries, self.moves = 0, 0, 0
         self.nobody: Any = False if self.one else np.zeros(B, dtype=bool)
         self.stiff: Any = self.nobody if stiff is None else bool(stiff[0]) if self.one else stiff
-        self.signs, self.others = (
-            self.numbers(np.zeros(B)) for _ in range(2)
-        )  # of stiffness, and steps without
-        here = torch.from_numpy(np.array(ts == ts[:, :1])).to(y.device)
-        self.ys = torch.where(here[..., None], y[:, None], torch.nan)
+        self.signs, self.others = none + 0, none + 0  # of stiffness, and steps without
+        self.ys = y.new_full((B, ts.shape[1], y.shape[1]), torch.nan)
+        self.ys[:, 0] = y
+        again = ts[:, 1:] == ts[:, :1]
+        if again.any():
+            self.ys[:, 1:][torch.from_numpy(again).to(y.device)] = y[:, None].expand_as(self.ys[:, 1:])[again]
         self.trajectory = Trajectory(whole=record != "steps") if record else None
         self.switched: int | None = None
-        self.slope, self.integrand = self.at(self.t, y)
+        self.slope, self.integrand = start.slope, None
+        if start.slope is None:
+            self.slope, self.integrand = self.at(self.t, y)
+        else:
+            self.evaluations += 1
         self.first = self.slope
         self.integrals = None if self.integrand is None else torch.zeros_like(self.integrand)
         self.stages = stages(self, self.tableau)
-        self.event, self.events, self.sign = event, np.full(B, np.inf), np.zeros(B)
+        self.event, self.events, self.sign = event, none + np.inf, none
         if event is not None:
             self.sign = self.signs_of(ts[:, 0], y)
         self.atol = torch.as_tensor(tolerance.atol, dtype=y.dtype, device=y.device)
+        self.measure()
         self.size = y.abs()
-        bad = ~np.isfinite(self.norm(self.slope, 1.0))
+        bad = ~np.isfinite(self.norm(self.slope, None))
         self.status += bad * Status.NOT_FINITE
         self.going = (self.t != self.end) & self.unless(bad)
         span = self.most(self.end - self.t, self.t - self.end)
         if tolerance.step_size is not None:
             self.h = self.direction * tolerance.step_size
         elif self.some(self.going):
-            self.h = self.direction * self.first_step(span)
+            known = start.size is not None and self.every(start.size > 0)
+            self.h = self.direction * least(start.size if known else self.first_step(span), span)
         self.going = self.going & self.unless(self.stiff)
 
     def change(self) -> None:
@@ -104,9 +131,16 @@ class Run:
         self.switched = len(self.trajectory.ends) if self.trajectory is not None else None
         self.tableau = self.tolerance.stiff
         self.stages = stages(self, self.tableau)
+        self.measure()
         self.going = self.stiff & (self.t != self.end)
         self.last_error = self.chosen(self.going, 1.0, self.last_error)
         self.tries = int(np.max((self.accepted + self.rejected) * self.going))
+
+    def measure(self) -> None:
+        """How the error is measured: with stiffness where that matters, and what rounding makes of it."""
+        self.watched = self.tolerance.stiff is not None and self.tolerance.stiff is not self.tableau
+        self.stages.errors = self.stages.weights.error[: 4 if self.watched else 2]
+        self.rounding = self.stages.weights.rounding
 
     def unless(self, mask: Any) -> Any:
         """The other examples."""
@@ -128,7 +162,7 @@ class Run:
     def at(self, t: Any, y: Any) -> Any:
         """f, counted."""
         self.evaluations += 1
-        return self.f.slopes(t, self.column(t).view(-1), y)
+        return self.f(t, self.column(t).view(-1), y)
 
     def norm(self, x: Any, scale: Any) -> Any:
         """The largest, over the parts of a state, of the root mean square of x / scale."""
@@ -137,17 +171,28 @@ class Run:
     def norms(self, xs: Any, scale: Any) -> Any:
         """That of several states (k, B, n)."""
         parts, (B, n) = self.tolerance.parts, self.shape
-        sizes = torch.linalg.vector_norm((xs / scale).reshape(-1, B, parts, n // parts), dim=-1).amax(-1)
+        xs = xs if scale is None else xs / scale
+        if parts == 1:
+            sizes = torch.linalg.vector_norm(xs, dim=-1)
+            if self.one:
+                unit = n**-0.5
+                return [size * unit for (size,) in sizes.tolist()]
+        else:
+            sizes = torch.linalg.vector_norm(xs.reshape(-1, B, parts, n // parts), dim=-1).amax(-1)
         factor = (parts / n) ** 0.5
         if self.one:
             return [size * factor for size in sizes.view(-1).tolist()]
         return sizes.cpu().numpy().astype(float) * factor
 
+    def scale(self, size: Any) -> Any:
+        """What errors are measured in."""
+        return torch.add(self.atol, size, alpha=self.tolerance.rtol)
+
     def first_step(self, span: Any) -> Any:
         """By the sizes of y, of f and of its change along an Euler step (Hairer, Nørsett and Wanner 1993, II.4)."""
         least, most, order = self.least, self.most, self.tableau.error_order + 1
-        scale = torch.add(self.atol, self.size, alpha=self.tolerance.rtol)
-        d0, d1 = self.norm(self.y, scale), self.norm(self.slope, scale)
+        scale = self.scale(self.size)
+        d0, d1 = self.norms(torch.stack([self.y, self.slope]), scale)
         h = self.chosen((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / most(d1, 1e-5))
         h = least(h, span)
         y = torch.addcmul(self.y, self.column(self.direction * h), self.slope)
@@ -162,31 +207,30 @@ class Run:
     def step(self) -> None:
         """One step of every example that has not finished, kept where its error is small enough."""
         t, h = self.t, self.h * self.going
+        self.planned = self.chosen(self.going, abs(h), self.planned)
         left = self.end - t
         after = self.chosen(self.direction * (left - h) <= 1e-10 * abs(h), self.end, t + h)
         after = self.chosen(self.going, after, t)
         h = after - t
         y, slope, integrand, failed = self.stages(t, h)
         size = y.abs()
-        error: Any = 0.0
         ratio: Any = 0.0
         if self.tolerance.step_size is None:
-            scale = torch.add(self.atol, torch.maximum(self.size, size), alpha=self.tolerance.rtol)
-            error, *ends = self.norms(self.stages.sums(self.stages.weights.error), scale)
+            scale = self.scale(torch.maximum(self.size, size))
+            error, moved, *ends = self.stages.compared(self.stages.errors, scale)
+            self.noise = self.rounding * moved
             if ends:
                 ratio = ends[0] / self.most(ends[1], 1e-300)
         else:
-            error = 0 * (self.norm(y, 1.0) + self.norm(slope, 1.0))
+            error = 0 * (self.norm(y, None) + self.norm(slope, None))
         error = self.chosen(error < np.inf, error, np.inf)
         error = self.chosen(failed & (error < np.inf), 4.0**self.tableau.order, error)
         kept = (error <= 1) & self.going
         self.record(kept, t, after, y)
         met = self.nobody if self.event is None else self.look(kept, t, after, y)
         self.move(kept, after, y, slope, integrand, size)
-        if self.tolerance.stiff is self.tableau or self.tolerance.stiff is None:
-            ratio = None
         self.control(kept, error, h)
-        if ratio is not None:
+        if self.watched:
             self.watch(kept, ratio)
         self.going = self.going & self.unless(met)
 
@@ -229,7 +273,7 @@ class Run:
             keep, start, end = (kept, t, after) if self.one else (kept[b], t[b], after[b])
             if not keep:
                 continue
-            last = np.searchsorted(self.ahead[b], end * np.sign(end - start), side="right")
+            last = bisect_right(self.ahead[b], end if end > start else -end)
             for j in range(self.reached[b] + 1, last):
                 if self.ts[b, j] == end:
                     self.ys[b, j] = y[b]
@@ -245,9 +289,7 @@ class Run:
         if not self.some(kept):
             return
         self.moves += 1
-        integrals = self.integrals
-        if integrals is not None:
-            integrals = integrals + torch.tensordot(self.stages.weights.b, self.stages.Q, 1)
+        integrals = self.stages.gained(self.integrals)
         new: Any = y, slope, size, integrand, integrals
         if not self.every(kept):
             old, mask = (self.y, self.slope, self.size, self.integrand, self.integrals), self.mask(kept)
@@ -263,11 +305,12 @@ class Run:
         self.rejected += self.going & self.unless(kept)
         if self.tolerance.step_size is None:
             order = self.tableau.error_order + 1
-            size = most(error, 1e-12)
+            known = most(error - self.noise, 0.1 * self.noise)  # rounding is no reason not to grow
+            size = most(known, 1e-12)
             grown = 0.9 * size ** (0.03 - 1 / order) * self.last_error**0.04
             self.early = self.early & (size < 0.1)
             grown = chosen(self.early, 0.9 * size ** (-1 / order), grown)
-            shrunk = 0.9 * size ** (-1 / order)
+            shrunk = 0.9 * most(error, 1e-12) ** (-1 / order)
             factor = chosen(kept, least(most(grown, 0.2), 10.0), least(most(shrunk, 0.1), 0.9))
             self.h = chosen(self.going & (h != 0), h * factor, self.h)
             self.last_error = chosen(kept, most(error, 1e-4), self.last_error)
@@ -287,6 +330,7 @@ class Run:
     def result(self) -> Solved:
         trajectory = None if self.trajectory is None else self.trajectory.close()
         whole = lambda numbers: np.array(numbers, dtype=np.int64).reshape(-1)
+        self.events = np.reshape(self.events, -1)
         return Solved(
             self.ys,
             self.integrals,
@@ -299,6 +343,7 @@ class Run:
             np.reshape(self.stiff, -1),
             self.switched,
             self.first,
+            self.planned if self.tolerance.step_size is None else None,
             self.events,
             trajectory,
         )

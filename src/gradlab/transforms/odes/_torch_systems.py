@@ -34,11 +34,17 @@ class Equation:
     tree: Tree
     put: Callable[[Sequence[Any]], Any]  # the arguments, with these tensors
     closed: list[Any]  # the tensors that f closes over, the last of the parameters
+    first: Any = None  # the slope at the first time, once known
 
     @cached_property
     def bare(self) -> bool:
         """Whether the state is no tree but a tensor alone."""
         return isinstance(self.tree.put(self.tree.leaves), torch.Tensor)
+
+    @cached_property
+    def shape(self) -> Any:
+        """Its shape then."""
+        return self.tree.leaves[0].shape if self.bare else None
 
     def __call__(self, t: Any, y: Any, *params: Any) -> Any:
         """The flat slope of one example."""
@@ -51,6 +57,22 @@ class Equation:
             if slope.shape == y.shape and slope.dtype == y.dtype:
                 return slope.reshape(-1)
         return self.tree.ravel(like(self.tree, "f's output", slope))
+
+    def single(self, params: Sequence[Any]) -> Callable[[Any, Any], Any]:
+        """The slope (1, n) of one example at a state (1, n); where they are bare tensors both in their own shape."""
+        own = len(params) - len(self.closed)
+        if self.shape is None or any(x is not p for x, p in zip(self.closed, params[own:], strict=True)):
+            shape = (1, -1) if self.shape is None else self.shape
+            return lambda t, y: self(t.view(()), y.reshape(-1), *params).view(shape)
+        f, put, some, shape = self.f, self.put, params[:own], self.shape
+
+        def rates(t: Any, y: Any) -> Any:  # what is looked up here costs as much as a small f
+            slope = f(t if t.ndim == 0 else t.view(()), y, *put(some))
+            if isinstance(slope, torch.Tensor) and slope.shape == shape and slope.dtype == y.dtype:
+                return slope
+            return self.flat(slope).view(shape)
+
+        return rates
 
     def value(self, event: Callable[..., Any], t: Any, y: Any, *params: Any) -> Any:
         """That of an event."""
@@ -102,6 +124,11 @@ class Tangent:
     inner: Any
     width: int  # of p
     moving: Sequence[int]  # those that have a dp
+    shape: Any = None  # of a bare state
+
+    def single(self, params: Sequence[Any]) -> Callable[[Any, Any], Any]:
+        """As of an equation, of flat states."""
+        return lambda t, y: self.rates(t, y[0], params, [False] * len(params))[None]
 
     def rates(self, t: Any, y: Any, params: Sequence[Any], flags: Sequence[bool]) -> Any:
         """As of an equation."""
@@ -167,6 +194,13 @@ class Problem:
         """The slopes at (t, y)."""
         t = t.expand(self.batch) if self.batch is not None and t.ndim == 0 else t
         return self.system.rates(t, y, params, self.flags)
+
+    def field(self, params: Sequence[Any], flags: Sequence[bool] | None = None) -> Callable[[Any, Any], Any]:
+        """The slopes (B, n) at times t and states (B, n); of one example B = 1."""
+        if self.batch is None:
+            return self.system.single(params)
+        flags = self.flags if flags is None else flags
+        return lambda t, y: self.system.rates(t.expand(len(y)), y, params, flags)
 
     def own(self, tensor: Any) -> Any:
         """The closed-over tensor that this one is, as saved by autograd, where it is one; then f need not be told."""

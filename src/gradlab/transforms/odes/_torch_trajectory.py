@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +39,14 @@ class Trajectory:
         self.ends = list(ends.T)
         self.direction = np.sign(ends[:, -1] - self.starts[0])
         self.knots = ends * self.direction[:, None]  # rising
+        self.sign, self.rising = float(self.direction[0]), self.knots[0].tolist()  # of the first example
         return self
 
     def ahead(self, times: list[float]) -> None:
         """Compute the states at these times of one example, those within a step by one product."""
         steps: dict[int, list[float]] = {}
         for t in times:
-            k = min(int(np.searchsorted(self.knots[0], self.direction[0] * t)), len(self.knots[0]) - 1)
+            k = min(bisect_left(self.rising, self.sign * t), len(self.rising) - 1)
             steps.setdefault(k, []).append(t)
         self.known = {}
         for k, ts in steps.items():
@@ -54,8 +56,8 @@ class Trajectory:
                 self.starts[k][0],
                 self.ends[k][0],
             )
-            shares = np.array([_share(start, end, t) for t in ts])[:, None]
-            powers = torch.from_numpy(shares ** np.arange(1, len(polynomial) + 1)).to(y)
+            shares = [_share(start, end, t) for t in ts]
+            powers = torch.tensor([[x**j for j in range(1, len(polynomial) + 1)] for x in shares]).to(y)
             rows = torch.addmm(y, powers, polynomial.view(len(polynomial), -1))
             self.known |= dict(zip(ts, rows.split(1), strict=True))
 
@@ -105,5 +107,6 @@ class Solved:
     stiff: np.ndarray  # whether it ended by the method for stiff equations
     switched: int | None  # how many of the steps of the trajectory came before that
     first: Any  # the slope at the start, (B, n)
+    size: Any  # of the last step of each example, had there been no end; None where sizes are given
     events: np.ndarray  # when each example met the event, or infinity
     trajectory: Trajectory | None

@@ -16,7 +16,7 @@ from gradlab.transforms.odes.rosenbrock import RODAS5P, Rosenbrock
 Row = tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tableau:
     """One method.
 
