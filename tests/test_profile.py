@@ -42,6 +42,9 @@ def test_interval_holds_its_confidence():
     assert held(0.99) > 0.985
     assert 0.8 < held(0.8) < 0.92
     assert interval([1.0] * 5) == (-math.inf, math.inf)
+    low, high = interval(range(5001))  # the binomial coefficients of so many are beyond floats
+    assert low == 5000 - high
+    assert abs(low - (2500 - 2.576 * 5001**0.5 / 2)) < 2
 
 
 def test_a_slow_down_is_told_from_noise():

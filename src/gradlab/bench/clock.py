@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import bdtr
 
 SHORTEST_SAMPLE = 1e-3  # seconds: shorter calls are repeated inside one sample
 
@@ -101,9 +102,7 @@ def interval(values: Sequence[float], confidence: float = 0.99) -> tuple[float, 
     Two of the values themselves: as many lie below the median as heads fall in so many tosses of a coin (David and
     Nagaraja, Order Statistics, 2003, 7.1). Infinite where there are too few.
     """
-    n, k, tail = len(values), 0, 0.5 ** len(values)
-    while 2 * tail <= 1 - confidence:
-        k += 1
-        tail += math.comb(n, k) * 0.5**n
+    n = len(values)
+    k = int((2 * bdtr(np.arange(n // 2 + 1), n, 0.5) <= 1 - confidence).sum())
     ordered = sorted(values)
     return (ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf)
