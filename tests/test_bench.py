@@ -129,14 +129,7 @@ def test_a_wrong_variant_gets_no_speed():
     def refused():
         raise ValueError("no such strategy here")
 
-    case = suite.Case(
-        "p",
-        "op",
-        "eager",
-        lambda: right,
-        {"a": lambda: right, "b": lambda: wrong, "c": refused},
-        lambda: right,
-    )
+    case = suite.Case(lambda: right, {"a": lambda: right, "b": lambda: wrong, "c": refused}, lambda: right)
     row = suite.measure(case, lambda r: r, repeats=3, budget=1.0)
     assert row["best_by_hand"] == "a"
     assert "ratio_to_best" in row
@@ -147,11 +140,93 @@ def test_a_wrong_variant_gets_no_speed():
     assert "ratio_to_best" not in suite.measure(case, lambda r: r, repeats=3, budget=1.0)
 
 
+def test_a_cell_is_measured_or_skipped_or_failed():
+    suite = importlib.import_module("gradlab.bench.suite")
+    pytest.importorskip("torch")
+    options = {"repeats": 3, "budget": 0.1}
+    one = lambda: np.ones(3)
+    case = suite.Case(one, {"hand": one}, one)
+    run = lambda make, lacks="": suite.Cell("p", "op", "eager", make, lacks).run(
+        "torch", "cpu", lambda r: r, options
+    )
+
+    def short_of_memory():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 TiB")
+
+    def broken():
+        raise TypeError("no such thing\nsecond line")
+
+    assert run(lambda: case)["ratio_to_best"]
+    assert run(lambda: case, "no compiler") == {
+        "problem": "p", "operation": "op", "mode": "eager", "skipped": "no compiler"
+    }  # fmt: skip
+    assert "out of memory" in run(short_of_memory)["skipped"]
+    assert run(broken)["failed"] == "TypeError: no such thing"
+    case.ours = short_of_memory
+    assert "skipped" in run(lambda: case)
+
+
+ROW = {
+    "problem": "p",
+    "operation": "op",
+    "mode": "eager",
+    "best_by_hand": "hand",
+    "ratio_to_best": [1.0, 0.9, 1.1],
+}
+VARIANT = {
+    "error": 0.0,
+    "verdict": "right",
+    "first_s": 1.0,
+    "median_s": 1.0,
+    "spread_s": 0.1,
+    "gradients": 1.0,
+}
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    """Stopped by the user after two cells, ended by a cell at the fourth, then whole; and --fresh."""
+    suite = importlib.import_module("gradlab.bench.suite")
+    plan = [f"p | op{i} | eager" for i in range(5)]
+    ran = []
+
+    def child(config, kept, show):
+        for key in [key for key in plan if key not in kept.rows]:
+            if len(ran) == 2:
+                ran.append("interrupt")
+                raise KeyboardInterrupt
+            ran.append(key)
+            if key == plan[3]:
+                return {"plan": plan}, key, -9
+            variants = {"gradlab": VARIANT, "hand": VARIANT}
+            kept.add(key, {**ROW, "operation": key.split(" | ")[1], "variants": variants})
+            show(key, len(kept.rows), len(plan))
+        return {"plan": plan}, "", 0
+
+    monkeypatch.setattr(suite, "_child", child)
+    go = lambda **options: suite.run("smoke", "torch", "cpu", "float32", tmp_path, **options)
+    assert go() == 130
+    assert not (tmp_path / "bench.jsonl").exists()
+    with (tmp_path / "bench.unfinished.jsonl").open("a") as file:
+        file.write('{"run": "killed in the mid')
+    assert suite.Unfinished(tmp_path / "bench.unfinished.jsonl", {"framework": "jax"}, False).rows == {}
+    assert go() == 1  # a cell ended its process
+    assert ran == [plan[0], plan[1], "interrupt", *plan[2:]]
+    record = json.loads((tmp_path / "bench.jsonl").read_text())
+    assert [row["operation"] for row in record["rows"]] == [f"op{i}" for i in range(5)]
+    assert "status -9" in record["rows"][3]["failed"]
+    assert not (tmp_path / "bench.unfinished.jsonl").exists()
+    ran[:] = []
+    assert go() == 130
+    ran[:] = []
+    assert go(fresh=True) == 130
+    assert ran[:2] == plan[:2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_case_of_the_smoke_benchmark_is_right(framework):
     functions, suite = side(framework), importlib.import_module(f"gradlab.bench._suite_{framework}")
-    measure = importlib.import_module("gradlab.bench.suite").measure
-    for case in suite.cases(["mlp_10k", "mlp_500"], "float32", "cpu", compile=False):
-        row = measure(case, functions.synchronise, repeats=3, budget=0.1)
-        assert "ratio_to_best" in row, row
+    for cell in suite.cells(["mlp_10k", "mlp_500", "solutions"], "float32", "cpu"):
+        if cell.mode == "eager" or framework == "jax":
+            row = cell.run(framework, "cpu", functions.synchronise, {"repeats": 3, "budget": 0.1})
+            assert "ratio_to_best" in row, row

@@ -39,7 +39,10 @@ def folder(tmp_path_factory):
     wrong = bench[0]["rows"][1]
     wrong["variants"]["gradlab"] |= {"error": 0.5, "median_s": PLANTED, "gradients": 98.7654}
     skipped = {"problem": "mlp_10k", "operation": "sparse", "mode": "compiled", "skipped": "no C++ compiler"}
-    bench[0]["rows"].append(skipped)
+    failed = {"problem": "mlp_10k", "operation": "dense", "mode": "compiled", "failed": "TypeError: no"}
+    bench[0]["rows"] += [skipped, failed]
+    for name in ("gradlab", "jvp(grad)"):
+        bench[0]["rows"][0]["variants"][name]["bytes"] = 123_000_000
     put("bench", *bench)
     put("implicit_regression", last("implicit_regression"))
     put("meta_cost", last("meta_cost"))
@@ -107,9 +110,12 @@ def test_numbers_are_those_of_the_records(folder, written):
 
 def test_a_wrong_result_shows_no_speed(written):
     _, page, plain = written
-    (row,) = [
+    assert "123 MB" in plain
+    row, failed = [
         r for r in table_rows(section(plain, "Against hand-written code")) if len(r) == 9 and "✗" in r[3]
     ]
+    assert failed[3] == "✗ TypeError: no"
+    assert set(failed[4:]) == {"–"}
     assert "5e-01" in row[3]
     assert row[4] == row[6] == row[7] == row[8] == "–"
     for text in (page, plain):
@@ -119,7 +125,7 @@ def test_a_wrong_result_shows_no_speed(written):
         assert not re.search(r"[|>] ?98\.8 ?[|<]", text)
     tile = re.search(r'class="tile (\w+)"><b>(\d+) of (\d+)</b><span>operations checked', page)
     assert tile[1] == "wrong"
-    assert int(tile[2]) == int(tile[3]) - 1
+    assert int(tile[2]) == int(tile[3]) - 2
 
 
 @pytest.mark.parametrize("planted", [{"passed": False}, {"verdict": "wrong"}, {"error": float("nan")}])

@@ -83,13 +83,16 @@ def bench(
     preset: Preset = Preset.smoke,
     framework: Framework = Framework.both,
     device: str = "cpu",
-    dtype: Dtype = Dtype.float32,
+    dtype: OneDtype = OneDtype.float32,
     out: str = "results",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget the cells of a run that was stopped.")
+    ] = False,
 ) -> None:
     """Time each operation against hand-written framework code; appends a record a framework to bench.jsonl."""
     from gradlab.bench.suite import run
 
-    sys.exit(run(preset.value, framework.value, device, dtype.value, out))
+    sys.exit(run(preset.value, framework.value, device, dtype.value, out, fresh))
 
 
 @app.command()

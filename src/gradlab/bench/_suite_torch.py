@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gradlab
 import gradlab.torch as gl
+from gradlab.bench import _suite_solutions_torch
 from gradlab.bench import _torch as functions
 from gradlab.bench.problems import MEASURED
-from gradlab.bench.suite import EXAMPLES, Case
+from gradlab.bench.suite import EXAMPLES, Case, Cell
 
 grad, jvp, vjp, vmap = torch.func.grad, torch.func.jvp, torch.func.vjp, torch.func.vmap
 
@@ -65,31 +66,29 @@ def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(f, fullgraph=True)
 
 
-def cases(names: list[str], dtype: str, device: str, compile: bool) -> Iterator[Case]:
-    """Every case on every problem asked for."""
-    compile = compile and (device != "cpu" or shutil.which("g++") is not None)
-    for name in names:
+def cells(names: list[str], dtype: str, device: str) -> Iterator[Cell]:
+    """Every case on every problem asked for; a problem is set up at its first."""
+
+    @lru_cache(maxsize=1)
+    def setup(name: str) -> Setup:
         torch._dynamo.reset()
-        s = Setup(name, dtype, device)
-        if name == "mlp_500":
-            yield from _dense(s)
-            yield from _jacobians(s)
+        return Setup(name, dtype, device)
+
+    on = lambda name, make: lambda: make(setup(name))
+    lacks = (
+        "torch.compile needs a C++ compiler (g++) on a CPU"
+        if device == "cpu" and not shutil.which("g++")
+        else ""
+    )
+    for name in names:
+        if name == "solutions":
+            yield from _suite_solutions_torch.cells(dtype, device)
             continue
-        yield _hvp(s)
-        if compile:
-            yield _hvp_compiled(s)
-        yield _linearised(s)
-        for k in (8, 32):
-            yield _many(s, k)
-            if compile and name != "transformer_128":  # minutes to compile
-                yield _many_compiled(s, k)
-        yield _gauss_newton(s)
-        yield from _per_example(s)
-
-
-def held(s: Setup) -> list[Case]:
-    """The cases whose memory is taken."""
-    return [_hvp(s), _many(s, 8)]
+        for operation, mode, make in DENSE if name == "mlp_500" else PRODUCTS:
+            why = lacks if mode == "compiled" else ""
+            if name == "transformer_128" and operation.startswith("matmat") and mode == "compiled":
+                why = why or "minutes to compile"
+            yield Cell(name, operation, mode, on(name, make), why)
 
 
 def _gradient(s: Setup) -> Callable[[], Any]:
@@ -121,7 +120,7 @@ def _hvp(s: Setup) -> Case:
         "vjp(grad)": lambda: vjp(grad(loss), s.params)[1](s.v)[0],
         "functional.vhp": lambda: s.named(torch.autograd.functional.vhp(by_leaves, leaves, tangents)[1]),
     }
-    return Case(s.name, "hvp", "eager", lambda: gradlab.hvp(s.loss, s.params, s.v), hand, _gradient(s))
+    return Case(lambda: gradlab.hvp(s.loss, s.params, s.v), hand, _gradient(s))
 
 
 def _hvp_compiled(s: Setup) -> Case:
@@ -131,7 +130,7 @@ def _hvp_compiled(s: Setup) -> Case:
     forward = compiled(lambda p, v: jvp(grad(loss), (p,), (v,))[1])
     gradient = compiled(lambda p: grad(loss)(p))
     hand = {"vjp(grad)": lambda: reverse(s.params, s.v), "jvp(grad)": lambda: forward(s.params, s.v)}
-    case = Case(s.name, "hvp", "compiled", lambda: ours(s.params, s.v), hand, lambda: gradient(s.params))
+    case = Case(lambda: ours(s.params, s.v), hand, lambda: gradient(s.params))
     case.trusted = _double_backward(s)
     return case
 
@@ -149,7 +148,7 @@ def _linearised(s: Setup) -> Case:
             torch.autograd.grad(g, xs, list(s.v.values()), retain_graph=True)
         )
     }
-    return Case(s.name, "hessian_operator @ v", "eager", lambda: H @ s.v, hand, _gradient(s))
+    return Case(lambda: H @ s.v, hand, _gradient(s))
 
 
 def _many(s: Setup, k: int) -> Case:
@@ -170,7 +169,7 @@ def _many(s: Setup, k: int) -> Case:
         ),
         "vmap(vjp(grad))": lambda: vmap(lambda v: pullback(v)[0])(V),
     }
-    return Case(s.name, f"matmat, {k} directions", "eager", lambda: H.matmat(V), hand, _gradient(s), units=k)
+    return Case(lambda: H.matmat(V), hand, _gradient(s), units=k)
 
 
 def _many_compiled(s: Setup, k: int) -> Case:
@@ -184,15 +183,7 @@ def _many_compiled(s: Setup, k: int) -> Case:
     theirs = compiled(by_hand)
     gradient = compiled(lambda p: grad(loss)(p))
     hand = {"vmap(vjp(grad))": lambda: theirs(s.params, V)}
-    return Case(
-        s.name,
-        f"matmat, {k} directions",
-        "compiled",
-        lambda: ours(s.params, V),
-        hand,
-        lambda: gradient(s.params),
-        units=k,
-    )
+    return Case(lambda: ours(s.params, V), hand, lambda: gradient(s.params), units=k)
 
 
 def _gauss_newton(s: Setup) -> Case:
@@ -215,12 +206,10 @@ def _gauss_newton(s: Setup) -> Case:
         return vjp(model, s.params)[1](vjp(grad(s.outer), y)[1](tangent)[0])[0]
 
     hand = {"dual numbers and backward": dual, "jvp, vjp": transforms}
-    return Case(
-        s.name, "ggn_vp", "eager", lambda: gradlab.ggn_vp(s.model, s.outer, s.params, s.v), hand, _gradient(s)
-    )
+    return Case(lambda: gradlab.ggn_vp(s.model, s.outer, s.params, s.v), hand, _gradient(s))
 
 
-def _per_example(s: Setup) -> Iterator[Case]:
+def _per_example(s: Setup, operation: str) -> Case:
     loss = s.hand(s.loss_of)
     one = lambda p, *example: loss(p, *(a[None] for a in example))
     each = lambda: vmap(grad(one), (None, 0, 0))(s.params, *s.examples)
@@ -235,16 +224,16 @@ def _per_example(s: Setup) -> Iterator[Case]:
         xs = s.fresh()
         return torch.autograd.grad(s.loss_of(s.named(xs), *s.examples), xs)
 
-    ours = lambda f, **o: lambda: f(s.loss_of, s.params, *s.examples, keep_batch_axis=True, **o)
-    for operation, call, hand in (
-        ("per_example_grads", ours(gl.per_example_grads), each),
-        ("per_example_norms", ours(gl.per_example_norms), lambda: norms(each())),
-        ("clipped_grad", ours(lambda *a, **o: gl.clipped_grad(*a, max_norm=1.0, **o)[0]), clipped),
-    ):
-        yield Case(s.name, operation, "eager", call, {"vmap(grad)": hand}, gradient)
+    of = lambda f, **o: lambda: f(s.loss_of, s.params, *s.examples, keep_batch_axis=True, **o)
+    ours, hand = {
+        "per_example_grads": (of(gl.per_example_grads), each),
+        "per_example_norms": (of(gl.per_example_norms), lambda: norms(each())),
+        "clipped_grad": (of(lambda *a, **o: gl.clipped_grad(*a, max_norm=1.0, **o)[0]), clipped),
+    }[operation]
+    return Case(ours, {"vmap(grad)": hand}, gradient)
 
 
-def _dense(s: Setup) -> Iterator[Case]:
+def _dense(s: Setup, diagonal: bool) -> Case:
     shapes = [p.shape for p in s.params.values()]
     sizes = [p.numel() for p in s.params.values()]
     flat = torch.cat([p.reshape(-1) for p in s.params.values()])
@@ -263,23 +252,37 @@ def _dense(s: Setup) -> Iterator[Case]:
         "double backward, loop": loop,
     }
     unit = lambda: grad(loss)(flat)
-    yield Case(s.name, "hessian", "eager", lambda: gradlab.hessian(loss, flat), hand, unit)
-    diagonals = {name: partial(lambda f: f().diagonal(), f) for name, f in hand.items()}
-    yield Case(
-        s.name, "hessian_diagonal", "eager", lambda: gradlab.hessian_diagonal(loss, flat), diagonals, unit
-    )
+    if not diagonal:
+        return Case(lambda: gradlab.hessian(loss, flat), hand, unit)
+    diagonals = {name: lambda f=f: f().diagonal() for name, f in hand.items()}
+    return Case(lambda: gradlab.hessian_diagonal(loss, flat), diagonals, unit)
 
 
-def _jacobians(s: Setup) -> Iterator[Case]:
+def _jacobian(s: Setup, outputs: int) -> Case:
     sizes, shapes = [p.numel() for p in s.params.values()], [p.shape for p in s.params.values()]
     flat = torch.cat([p.reshape(-1) for p in s.params.values()])
     split = lambda z: s.named([part.view(shape) for part, shape in zip(z.split(sizes), shapes, strict=True)])
-    for outputs, kind in ((1280, "more outputs"), (160, "fewer outputs")):
-        f = lambda z, n=outputs: s.model(split(z)).reshape(-1)[:n]
-        hand = {
-            "jacrev": partial(torch.func.jacrev(f), flat),
-            "jacfwd": partial(torch.func.jacfwd(f), flat),
-        }
-        yield Case(
-            s.name, f"jacobian, {kind}", "eager", partial(gradlab.jacobian, f, flat), hand, _gradient(s)
-        )
+    f = lambda z: s.model(split(z)).reshape(-1)[:outputs]
+    hand = {"jacrev": partial(torch.func.jacrev(f), flat), "jacfwd": partial(torch.func.jacfwd(f), flat)}
+    return Case(lambda: gradlab.jacobian(f, flat), hand, _gradient(s))
+
+
+PRODUCTS: list[tuple[str, str, Callable[[Setup], Case]]] = [
+    ("hvp", "eager", _hvp),
+    ("hvp", "compiled", _hvp_compiled),
+    ("hessian_operator @ v", "eager", _linearised),
+    ("matmat, 8 directions", "eager", partial(_many, k=8)),
+    ("matmat, 8 directions", "compiled", partial(_many_compiled, k=8)),
+    ("matmat, 32 directions", "eager", partial(_many, k=32)),
+    ("matmat, 32 directions", "compiled", partial(_many_compiled, k=32)),
+    ("ggn_vp", "eager", _gauss_newton),
+    ("per_example_grads", "eager", partial(_per_example, operation="per_example_grads")),
+    ("per_example_norms", "eager", partial(_per_example, operation="per_example_norms")),
+    ("clipped_grad", "eager", partial(_per_example, operation="clipped_grad")),
+]
+DENSE: list[tuple[str, str, Callable[[Setup], Case]]] = [
+    ("hessian", "eager", partial(_dense, diagonal=False)),
+    ("hessian_diagonal", "eager", partial(_dense, diagonal=True)),
+    ("jacobian, more outputs", "eager", partial(_jacobian, outputs=1280)),
+    ("jacobian, fewer outputs", "eager", partial(_jacobian, outputs=160)),
+]

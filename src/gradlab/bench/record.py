@@ -28,6 +28,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+def accelerator(framework: str, device: str) -> str | None:
+    """The name of a device that is no CPU, as the framework says it; of jax or torch, which are running here."""
+    if device == "cpu":
+        return None
+    if framework == "jax":
+        import jax
+
+        return str(jax.devices("gpu" if device.startswith("cuda") else device.split(":")[0])[0].device_kind)
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -68,12 +68,16 @@ def cases(records: Iterable[Record]) -> list[Case]:
     found = []
     for record in records:
         rows = record.body.get("rows", [])
-        held = {(row["problem"], row["operation"]): row["bytes"] for row in rows if "bytes" in row}
+        held = {  # in older records beside the rows
+            (row["problem"], row["operation"]): row["bytes"] for row in rows if "bytes" in row
+        }
         for row in rows:
-            if "variants" in row or "skipped" in row:
+            if {"variants", "skipped", "failed"} & row.keys():
                 mode = row.get("mode")
                 taken = (record.framework, mode) in (("jax", "compiled"), ("torch", "eager"))
                 sizes = held.get((row["problem"], row["operation"]), {}) if taken else {}
+                inside = {name: v.get("bytes") for name, v in row.get("variants", {}).items()}
+                sizes = {name: size for name, size in inside.items() if size is not None} or sizes
                 found.append(Case(record.framework, str(record.config.get("device", "")), row, sizes))
     return found
 
@@ -130,6 +134,8 @@ def check(row: dict[str, Any], ours: dict[str, Any]) -> Cell:
     """What the comparison of results said."""
     if "skipped" in row:
         return Cell(f"skipped: {row['skipped']}", "skipped", "skipped")
+    if "failed" in row:
+        return Cell(f"✗ {row['failed']}", math.inf, "wrong")
     error = ours.get("error", math.inf)
     size = f"{error:.0e}" if error else "0"
     if right(ours):
