@@ -15,6 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README, re.DOTALL
 CONTRACTS = [
     "gradlab.bench.profiling",
     "gradlab.check",
+    "gradlab.interop",
     "gradlab.transforms.custom_rules",
     "gradlab.transforms.flows",
     "gradlab.transforms.gradient_statistics",

@@ -44,6 +44,7 @@ def loaded_after(statement):
 def test_import_loads_no_framework():
     assert loaded_after("import gradlab") == []
     assert loaded_after("from gradlab import *") == []
+    assert loaded_after("import gradlab; gradlab.interop.as_jax") == []
 
 
 def test_the_test_of_purity_can_fail():

@@ -31,7 +31,8 @@ Differentiate with respect to the first argument after `f`; everything after it 
 
 The framework is that of the arguments; `gradlab.jax` and `gradlab.torch` hold the same names bound
 to one framework. `gradlab.check` proves a derivative right on your own function, `gradlab.bench`
-measures what it costs. Importing gradlab imports neither framework.
+measures what it costs; `gradlab.interop` takes arrays, functions and weights from one framework to the other.
+Importing gradlab imports neither framework.
 """
 
 from importlib import import_module
@@ -136,7 +137,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The modules of gradlab are imported at their first use."""
-    if name in ("bench", "check", "jax", "torch"):
+    if name in ("bench", "check", "interop", "jax", "torch"):
         return import_module(f"gradlab.{name}")
     if name in ("optimizers", "rules"):
         return import_module(f"gradlab.transforms.{name}")
