@@ -26,6 +26,7 @@ from gradlab.transforms.custom_rules._torch_levels import (
 )
 from gradlab.transforms.custom_rules.declared import Declared
 from gradlab.transforms.linearised._torch import materialised
+from gradlab.transforms.repairs._torch import unseen
 
 
 class Rule(Declared):
@@ -93,7 +94,7 @@ class Rule(Declared):
         """The rule's output; at its first derivative f runs too, whose output must be of the same form."""
         if not self.proven_alike and not is_compiling():
             devices = {x.device for x in xs if x.device.type == "cuda"}
-            with torch.no_grad(), torch.random.fork_rng(devices):
+            with unseen(torch.no_grad()), torch.random.fork_rng(devices):
                 refuse_unlike(self, out, self.f(*call.put([x.detach() for x in xs])))
             self.proven_alike = True
         return out

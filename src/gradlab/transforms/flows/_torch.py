@@ -7,6 +7,7 @@ import torch
 
 from gradlab.transforms.flows.checks import check_flow, check_shapes
 from gradlab.transforms.odes._torch import odeint
+from gradlab.transforms.repairs._torch import unseen
 
 
 def flow_log_density(
@@ -27,7 +28,7 @@ def flow_log_density(
     share = 1 if noise is None else len(noise)
     densities = torch.func.vmap(log_base)
     velocity = lambda t, z, args: torch.func.vmap(lambda z: f(t, z, *args))(z)
-    with torch.no_grad():
+    with unseen(torch.no_grad()):
         shapes = velocity(x.new_tensor(float(ts[0])), x, args), densities(x)
     velocities, logs = (tuple(getattr(y, "shape", ())) for y in shapes)
     check_shapes(velocities, logs, tuple(x.shape))

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from gradlab.transforms.custom_rules._torch_levels import base
 from gradlab.transforms.implicit_functions.options import Options
+from gradlab.transforms.repairs._torch import unseen
 
 
 def orders(r: Any) -> int:
@@ -45,7 +46,7 @@ def complain(options: Options, bad: Any, message: str) -> None:
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """Without derivatives by the transforms at work, in either mode."""
-    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+    with unseen(torch.no_grad()), forward_ad._set_fwd_grad_enabled(False):
         yield
 
 

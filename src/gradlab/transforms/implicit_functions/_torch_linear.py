@@ -23,7 +23,7 @@ from gradlab.transforms.implicit_functions._torch_levels import (
 )
 from gradlab.transforms.implicit_functions.options import Options
 from gradlab.transforms.linearised._torch import materialised
-from gradlab.transforms.repairs._torch import transforming
+from gradlab.transforms.repairs._torch import transforming, unseen
 
 Flat = Callable[[Any], Any]  # of y as one flat vector
 
@@ -48,7 +48,7 @@ def jacobian(f: Flat, y: Any) -> Any:
         r, pull = pulled[0], lambda u: pulled[1](u)[0]
         pull_all: Any = torch.func.vmap(pull)
     else:  # of a recorded graph, half as dear
-        with torch.enable_grad():
+        with unseen(torch.enable_grad()):
             y = y.detach().requires_grad_()
             r = f(y)
         if not r.requires_grad:

@@ -22,7 +22,7 @@ from gradlab.transforms.odes._torch_replay import states
 from gradlab.transforms.odes._torch_rules import direction, tangent, warn
 from gradlab.transforms.odes._torch_systems import UNFOLLOWED, Equation, Problem
 from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution, check_equation
-from gradlab.transforms.repairs._torch import Level, Repair, repaired
+from gradlab.transforms.repairs._torch import Level, Repair, repaired, unseen
 from gradlab.transforms.trees._torch import Tree, as_tensors
 
 
@@ -176,7 +176,7 @@ def look_at(equation: Equation, event: Any, ts: Any, y: Any, tensors: list[Any])
     """Run f once: for the tensors that it closes over, for faulty operations, and for what it returns."""
     t, repair = ts[0].detach().to(y.dtype), Repair(Level.ALL)
     given, y = [x.detach() for x in tensors], y.detach()
-    with torch.no_grad(), Seen([t, y, *given]) as seen, repair:
+    with unseen(torch.no_grad()), Seen([t, y, *given]) as seen, repair:
         equation(t, y, *given)
         if event is not None:
             equation.value(event, t, y, *given)

@@ -16,6 +16,7 @@ from gradlab.transforms.odes._torch_steps import Start, integrate
 from gradlab.transforms.odes._torch_systems import Problem
 from gradlab.transforms.odes._torch_trajectory import Solved
 from gradlab.transforms.odes.options import Status, Tolerance
+from gradlab.transforms.repairs._torch import unseen
 
 
 def solve(
@@ -170,7 +171,7 @@ def pull(
     def ends(i: int) -> Any:
         slope = backward.known.get(times[0, i])
         if slope is None:
-            with torch.no_grad():
+            with unseen(torch.no_grad()):
                 slope = backward.flat(torch.tensor(times[:, i]).to(us), states[:, i])
         return slope
 

@@ -17,6 +17,7 @@ import torch
 
 from gradlab.transforms.odes.rosenbrock import Rosenbrock
 from gradlab.transforms.odes.tableaux import Tableau
+from gradlab.transforms.repairs._torch import unseen
 
 NEWTON = 0.01  # the error of a stage's equation, as a share of the tolerances
 ITERATIONS = 10
@@ -45,7 +46,7 @@ def jacobians(rates: Callable[..., Any], t: Any, y: Any) -> tuple[Any, Any]:
     """∂f/∂y (B, n, n) and ∂f/∂t (B, n) by the pullback of every output: all at once, or one by one where torch's batch
     of them is wrong.
     """
-    with torch.enable_grad():
+    with unseen(torch.enable_grad()):
         t, y = t.detach().reshape(-1).requires_grad_(), y.detach().requires_grad_()
         slope = rates(t, y)
     (B, n), back = y.shape, partial(_pulled, slope, (y, t))

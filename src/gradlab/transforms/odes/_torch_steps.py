@@ -12,6 +12,7 @@ import torch
 from gradlab.transforms.odes._torch_stages import Field, stages
 from gradlab.transforms.odes._torch_trajectory import Solved, Trajectory, within
 from gradlab.transforms.odes.options import Status, Tolerance
+from gradlab.transforms.repairs._torch import unseen
 
 EPS = float(np.finfo(float).eps)
 
@@ -44,7 +45,7 @@ def integrate(
     finished stays. Those that are `stiff` (B,), or are seen to be, go on by the other method when the rest has
     finished.
     """
-    with torch.no_grad(), np.errstate(all="ignore"):
+    with unseen(torch.no_grad()), np.errstate(all="ignore"):
         run = Run(f, ts, y, tolerance, record, stiff, event, start or Start())
         while run.some(run.going):
             run.step()

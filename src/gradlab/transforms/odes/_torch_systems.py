@@ -15,6 +15,7 @@ from gradlab._errors import InputError, StrategyError
 from gradlab.transforms.implicit_functions._torch import like
 from gradlab.transforms.implicit_functions._torch_levels import Substituted, looks_at_numbers
 from gradlab.transforms.odes.options import Options
+from gradlab.transforms.repairs._torch import unseen
 from gradlab.transforms.trees._torch import Tree
 
 # Parameters are a list of tensors; flags say which of them hold one for each example of a batch.
@@ -154,7 +155,7 @@ def pushed(run: Callable[..., Any], xs: list[Any], vs: list[Any]) -> tuple[Any, 
     if torch._C._are_functorch_transforms_active():
         return followed(run, xs, vs)
     again = torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *vs))
-    with torch.enable_grad():
+    with unseen(torch.enable_grad()):
         xs = [x if x.requires_grad else x.detach().requires_grad_() for x in xs]
         k = run(*xs)
         u = torch.ones_like(k).requires_grad_()

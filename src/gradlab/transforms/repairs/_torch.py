@@ -9,7 +9,8 @@ experiments/framework_audit.py makes by running the checker over torch's own tes
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from operator import attrgetter
 from pathlib import Path
@@ -68,7 +69,8 @@ class Repair(TorchFunctionMode):
         if is_compiling():  # which traces no more than this
             return (right or func)(*args, **(kwargs or {}))
         self.differentiates = self.differentiates or func in DIFFERENTIATING
-        self.forward = self.forward and func not in REVERSE_ALONE and _forward_levels() <= self.forwards
+        alone = func in REVERSE_ALONE and not (func is torch._C._set_grad_enabled and args[0])
+        self.forward = self.forward and not alone and _forward_levels() <= self.forwards
         if right is not None:
             self.names.add(func.__name__)
             if self.level >= Level.ALL or _depth() > self.own:
@@ -85,6 +87,25 @@ def repaired(f: Callable[..., Any], repair: Repair | None = None) -> Callable[..
             return f(*args)
 
     return right
+
+
+@contextmanager
+def unseen(guard: Any) -> Iterator[None]:
+    """A no_grad or enable_grad of an operation of gradlab's own, whose derivatives are right in every mode.
+
+    A Repair at work around it takes it for none of f's, after which forward mode would not be trusted.
+    """
+    if is_compiling():
+        with guard:
+            yield
+        return
+    with torch._C.DisableTorchFunction():
+        guard.__enter__()
+    try:
+        yield
+    finally:
+        with torch._C.DisableTorchFunction():
+            guard.__exit__(None, None, None)
 
 
 def transforming() -> bool:
