@@ -41,5 +41,6 @@ def _torch(call: Callable[..., Any], device: str, *args: Any) -> int | None:
 def _jax(call: Callable[..., Any], *args: Any) -> int | None:
     import jax
 
-    plan = jax.jit(call).lower(*args).compile().memory_analysis()
+    compiled: Any = call if hasattr(call, "lower") else jax.jit(call)  # what has run is not compiled again
+    plan = compiled.lower(*args).compile().memory_analysis()
     return None if plan is None else plan.temp_size_in_bytes + plan.output_size_in_bytes

@@ -11,12 +11,12 @@ import optax
 
 from gradlab.bench._jax import arrays, synchronise
 from gradlab.bench.comparison._models_jax import build, cross_entropy
+from gradlab.bench.comparison._operations_jax import operation
 from gradlab.bench.comparison.cases import Ready
 from gradlab.bench.comparison.data import Optimiser, Task, batch
 
-__all__ = ["MODES", "Learner", "arrays", "flat", "host", "predict", "step", "synchronise"]
+__all__ = ["Learner", "arrays", "flat", "host", "operation", "predict", "repeated", "synchronise"]
 
-MODES = ("eager", "compiled")
 WRAP: dict[str, Any] = {"eager": lambda f: f, "compiled": eqx.filter_jit}
 
 
@@ -47,9 +47,11 @@ def adamw(o: Optimiser) -> optax.GradientTransformation:
     )
 
 
-def update(optimiser: Any, model: Any, state: Any, inputs: Any, targets: Any) -> Any:
+def update(
+    optimiser: Any, model: Any, state: Any, inputs: Any, targets: Any, loss_of: Any = cross_entropy
+) -> Any:
     """One step: model, state, loss."""
-    loss, grads = eqx.filter_value_and_grad(cross_entropy)(model, inputs, targets)
+    loss, grads = eqx.filter_value_and_grad(loss_of)(model, inputs, targets)
     updates, state = optimiser.update(grads, state, model)
     return eqx.apply_updates(model, updates), state, loss
 
@@ -73,11 +75,10 @@ class Learner:
         return self._logits(self.model, inputs)
 
 
-def step(task: Task, mode: str, dtype: str, device: str, size: int, seed: int) -> Ready:
-    """One step of training after the other, on the same batch; memory is that of loss and gradient."""
-    learner = Learner(task, mode, dtype, device, seed, Optimiser())
+def repeated(learner: Learner, task: Task, dtype: str, device: str, size: int, seed: int) -> Ready:
+    """Steps on one batch, one after the other; memory is that of loss and gradient."""
     examples = arrays(batch(task, 0, seed, size), dtype, device)
-    gradient = eqx.filter_value_and_grad(cross_entropy)
+    gradient = jax.jit(jax.value_and_grad(cross_entropy))
     return Ready(lambda: learner.step(*examples), gradient, (learner.model, *examples))
 
 

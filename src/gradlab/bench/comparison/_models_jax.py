@@ -8,11 +8,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from equinox import nn
 
 from gradlab.bench.comparison.data import VOCABULARY, Task, flattened, weight
 
-KEY = jax.random.key(0)  # of first values that `build` never makes
+KEY: Any = np.zeros(2, np.uint32)  # of first values that `build` never makes
 
 
 class MLP(eqx.Module):
@@ -105,13 +106,13 @@ class Decoder(eqx.Module):
 MODELS: dict[str, Any] = {"mlp": MLP, "conv": Conv, "decoder": Decoder}
 
 
-def build(task: Task, dtype: str, device: str = "cpu", seed: int = 0) -> Any:
-    """The model of a task, with the weights that every framework begins with."""
+def build(task: Task, dtype: str, device: str = "cpu", seed: int = 0, values: Any = weight) -> Any:
+    """The model of a task, with the weights that every framework begins with, or other values by path and shape."""
     model = eqx.filter_eval_shape(MODELS[task.kind], **task.sizes)
     place = jax.devices("gpu" if device == "cuda" else device)[0]
 
     def first(path: Any, leaf: Any) -> Any:
-        value = weight(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape, seed)
+        value = values(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape, seed)
         return jax.device_put(jnp.asarray(value, dtype), place)
 
     return jax.tree_util.tree_map_with_path(first, model)

@@ -81,12 +81,12 @@ class Decoder(nn.Module):
 MODELS: dict[str, Any] = {"mlp": MLP, "conv": Conv, "decoder": Decoder}
 
 
-def build(task: Task, dtype: str, device: str = "cpu", seed: int = 0) -> Any:
-    """The model of a task, with the weights that every framework begins with."""
+def build(task: Task, dtype: str, device: str = "cpu", seed: int = 0, values: Any = weight) -> Any:
+    """The model of a task, with the weights that every framework begins with, or other values by path and shape."""
     model = MODELS[task.kind](**task.sizes)
     with torch.no_grad():
         for name, leaf in model.named_parameters():
-            value = torch.as_tensor(weight(name, tuple(leaf.shape), seed))
+            value = torch.as_tensor(values(name, tuple(leaf.shape), seed))
             leaf.data = value.to(device, getattr(torch, dtype))
     return model
 

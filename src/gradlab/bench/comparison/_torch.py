@@ -9,13 +9,24 @@ from torch.utils import _pytree as pytree
 
 from gradlab.bench._torch import arrays, synchronise
 from gradlab.bench.comparison._models_torch import build, cross_entropy
+from gradlab.bench.comparison._operations_torch import operation
 from gradlab.bench.comparison.cases import Ready
 from gradlab.bench.comparison.data import Optimiser, Task, batch
 
-__all__ = ["MODES", "Learner", "arrays", "flat", "host", "predict", "step", "synchronise"]
+__all__ = ["Learner", "arrays", "flat", "host", "operation", "predict", "repeated", "synchronise"]
 
-MODES = ("eager", "compiled")
-WRAP: dict[str, Any] = {"eager": lambda f: f, "compiled": torch.compile}
+RECOMPILATIONS = (
+    64  # of one function, for models, batches and dtypes; beyond it torch goes on without compiling
+)
+
+
+def compiled(f: Any) -> Any:
+    """torch.compile, of as many models as there are."""
+    torch._dynamo.config.recompile_limit = RECOMPILATIONS
+    return torch.compile(f)
+
+
+WRAP: dict[str, Any] = {"eager": lambda f: f, "compiled": compiled}
 
 
 def adamw(model: torch.nn.Module, o: Optimiser) -> torch.optim.Optimizer:
@@ -69,9 +80,8 @@ class Learner:
         return self.model(inputs)
 
 
-def step(task: Task, mode: str, dtype: str, device: str, size: int, seed: int) -> Ready:
-    """One step of training after the other, on the same batch; memory is that of loss and gradient."""
-    learner = Learner(task, mode, dtype, device, seed, Optimiser())
+def repeated(learner: Learner, task: Task, dtype: str, device: str, size: int, seed: int) -> Ready:
+    """Steps on one batch, one after the other; memory is that of loss and gradient."""
     examples = arrays(batch(task, 0, seed, size), dtype, device)
     return Ready(lambda: learner.step(*examples), learner.gradient, examples)
 

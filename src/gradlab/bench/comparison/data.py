@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+EXAMPLES = 32  # of which gradients are taken one by one
 VOCABULARY = 128  # the characters of ASCII
 HELD_OUT = 0.2  # of the images, and of the topics
 Pair = tuple[np.ndarray, np.ndarray]
@@ -32,6 +33,10 @@ class Task:
     batch: int
     steps: int
     sizes: Mapping[str, Any] = field(hash=False)
+
+
+# Of operations whose results grow with the square of the parameters.
+SMALL = Task("small", "mlp", 32, 0, {"widths": (64, 8, 10)})
 
 
 @dataclass(frozen=True)
@@ -151,9 +156,40 @@ def weight(path: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """
     if "norm" in path or path.endswith("bias"):
         return np.full(shape, 1.0 if path.endswith("weight") else 0.0)
-    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     scale = 0.1 if path.startswith(("embed", "place")) else float(np.prod(shape[1:])) ** -0.5
-    return scale * rng.normal(size=shape)
+    return scale * direction(path, shape, seed)
+
+
+def direction(path: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """A normal direction for the parameter at a path."""
+    return np.random.default_rng([seed, zlib.crc32(path.encode())]).normal(size=shape)
+
+
+def sinusoids(tasks: int = 16, examples: int = 10, width: int = 40) -> tuple[dict[str, np.ndarray], Any]:
+    """Weights of a 1-width-1 network, and few-shot tasks ((x, y), (x, y)): to adapt to, and to answer for."""
+    rng = np.random.default_rng(5)
+    params = {
+        "b0": np.zeros(width),
+        "b1": np.zeros(1),
+        "w0": rng.normal(size=(1, width)),
+        "w1": rng.normal(size=(width, 1)) * width**-0.5,
+    }
+    height, phase = rng.uniform(0.1, 5.0, (tasks, 1, 1)), rng.uniform(0.0, np.pi, (tasks, 1, 1))
+    x = rng.uniform(-5.0, 5.0, (2, tasks, examples, 1))
+    support, query = ((part, height * np.sin(part - phase)) for part in x)
+    return params, (support, query)
+
+
+def line(size: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A point, a direction and weights, (4, size) each."""
+    x, v, w = np.random.default_rng(7).normal(size=(3, 4, size))
+    return x, v, w
+
+
+def motion(size: int = 16, points: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Starts (points, size) and the matrix W (size, size) of dy/dt = tanh(y W)."""
+    rng = np.random.default_rng(6)
+    return rng.normal(size=(points, size)), rng.normal(size=(size, size)) / size**0.5
 
 
 def scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:

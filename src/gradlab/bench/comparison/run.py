@@ -7,14 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from gradlab.bench.comparison import training
+from gradlab.bench.comparison.claims import judged
 from gradlab.bench.comparison.crew import COLUMNS, Crew
+from gradlab.bench.comparison.operations import operations
+from gradlab.bench.comparison.parallel import parallel
 from gradlab.bench.comparison.training import Say
 from gradlab.bench.record import environment
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"rounds": 3, "batches": (8,)},
-    "smoke": {"rounds": 12, "batches": (32, 128, 512)},
-    "paper": {"rounds": 40, "batches": (32, 128, 512, 2048)},
+    "tiny": {"rounds": 8, "batches": (8,), "compiled": False},
+    "smoke": {"rounds": 12, "batches": (32, 128, 512), "compiled": False},
+    "paper": {"rounds": 40, "batches": (32, 128, 512, 2048), "compiled": True},
 }
 BASES = ("torch eager", "jax jit")  # what ratios are to: the first that there is
 MORE = ("optax", "flax", "tensorflow", "scikit-learn")
@@ -28,25 +31,25 @@ def compare(
     count = options["rounds"]
     with Crew(frameworks, preset, device, seed) as crew:
         base = next(name for name in BASES if name in crew.columns())
+        config = {"framework": list(crew.hands), "preset": preset, "device": device}
+        agreed = training.agreement(crew, preset, say)
+        learned, apart = training.training(crew, preset, dtype, say)
         record: dict[str, Any] = {
             "experiment": "framework_comparison",
-            "config": {
-                "framework": list(crew.hands),
-                "preset": preset,
-                "device": device,
-                "dtype": dtype,
-                "seed": seed,
-            },
+            "config": {**config, "dtype": dtype, "seed": seed},
             "environment": described(),
             "missing": {n: crew.missing[f] for n, (f, _) in COLUMNS.items() if f in crew.missing},
             "base": base,
-            "agreement": training.agreement(crew, preset, dtype, say),
-            "training": training.training(crew, preset, dtype, say),
+            "agreement": agreed + apart,
+            "training": learned,
             "steps": training.steps(crew, preset, dtype, count, say, base),
             "latency": training.latency(crew, preset, dtype, count, say, base),
             "batches": training.batches(crew, preset, dtype, count, options["batches"], say),
+            "resident": {name: hand.ask("resident") for name, hand in crew.hands.items()},
+            "operations": operations(crew, dtype, count, options["compiled"], say),
         }
-        record["resident"] = {name: hand.ask("resident") for name, hand in crew.hands.items()}
+    record["parallel"] = parallel(frameworks, preset, device, say)
+    record["claims"] = judged(record)
     return record
 
 

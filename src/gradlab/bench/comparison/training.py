@@ -20,21 +20,29 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
-def agreement(crew: Crew, preset: str, dtype: str, say: Say) -> list[Row]:
-    """The same losses in every framework, in float64 and in the dtype that is timed; aborts where they are not."""
+def agreement(crew: Crew, preset: str, say: Say) -> list[Row]:
+    """The same losses in every framework, in float64; aborts where they are not, before any time is taken."""
     rows = []
     for task in TASKS[preset]:
-        for kind in dict.fromkeys(("float64", dtype)):
-            losses = {}
-            for name, hand in crew.hands.items():
-                say(f"agreement, {task}, {kind}: {name}")
-                mode = "eager" if name == "torch" else "compiled"
-                done = hand.ask("train", task=task, mode=mode, dtype=kind, steps=AGREE_STEPS)
-                losses[name] = done["losses"]
-            (first, ours), *others = losses.items()
-            for name, theirs in others:
-                far = same_losses(task, (first, ours), (name, theirs), TOLERANCES[kind])
-                rows.append({"task": task, "dtype": kind, "pair": [first, name], "largest": far})
+        losses = {}
+        for name, hand in crew.hands.items():
+            say(f"agreement, {task}: {name}")
+            mode = "eager" if name == "torch" else "compiled"
+            done = hand.ask("train", task=task, mode=mode, dtype="float64", steps=AGREE_STEPS)
+            losses[name] = done["losses"]
+            hand.ask("forget")
+        rows += compared(task, "float64", losses)
+    return rows
+
+
+def compared(task: str, dtype: str, losses: dict[str, list[float]]) -> list[Row]:
+    """Each with the first; raises where two differ."""
+    (first, ours), *others = losses.items()
+    rows = []
+    for name, theirs in others:
+        count = min(len(ours), len(theirs), AGREE_STEPS)
+        far = same_losses(task, (first, ours[:count]), (name, theirs[:count]), TOLERANCES[dtype])
+        rows.append({"task": task, "dtype": dtype, "pair": [first, name], "steps": count, "largest": far})
     return rows
 
 
@@ -44,15 +52,16 @@ def columns(crew: Crew, task: str) -> dict[str, tuple[Hand, str]]:
     return {name: column for name, column in found.items() if name != "jax eager" or task in OP_BY_OP}
 
 
-def training(crew: Crew, preset: str, dtype: str, say: Say) -> list[Row]:
-    """What every column learns in all of a task's steps, and in how many seconds; compiling apart."""
-    rows = []
+def training(crew: Crew, preset: str, dtype: str, say: Say) -> tuple[list[Row], list[Row]]:
+    """What every column learns in all of a task's steps, and in how many seconds; how far their losses are apart."""
+    rows, apart = [], []
     for task, todo in TASKS[preset].items():
+        losses = {}
         for name, (hand, mode) in columns(crew, task).items():
             say(f"training, {task}: {name}")
             steps = min(todo.steps, 20) if name == "jax eager" else todo.steps
             done = hand.ask("train", task=task, mode=mode, dtype=dtype, steps=steps)
-            seconds = done.pop("seconds")
+            seconds, losses[name] = done.pop("seconds"), done["losses"]
             usual = float(np.median(seconds[1:]))
             rows.append(
                 {
@@ -66,7 +75,8 @@ def training(crew: Crew, preset: str, dtype: str, say: Say) -> list[Row]:
                     "losses": done["losses"][:: max(1, steps // 100)],
                 }
             )
-    return rows
+        apart += compared(task, dtype, losses)
+    return rows, apart
 
 
 def prepared(
@@ -89,8 +99,8 @@ def steps(crew: Crew, preset: str, dtype: str, count: int, say: Say, base: str) 
         first = {name: times["first_s"] for name, _, times in prepared(calls, say)}
         samples = rounds(calls, count)
         for name, (hand, case) in calls.items():
-            row = {"task": task, "column": name, "first_s": first[name], "seconds": median(samples[name])}
-            row["ratio"] = quotient(samples[name], samples[base])
+            row = {"task": task, "column": name, "first_s": first[name], "samples": samples[name]}
+            row |= {"seconds": median(samples[name]), "ratio": quotient(samples[name], samples[base])}
             row["bytes"] = hand.ask("bytes", case=case)
             rows.append(row)
     return rows
@@ -132,5 +142,6 @@ def batches(crew: Crew, preset: str, dtype: str, count: int, sizes: tuple[int, .
         for _ in prepared(calls, say):
             pass
         for name, samples in rounds(calls, count).items():
-            rows.append({"task": task, "column": name, "batch": size, "seconds": median(samples)})
+            row = {"task": task, "column": name, "batch": size, "seconds": median(samples)}
+            rows.append({**row, "samples": samples})
     return rows

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gradlab.bench.comparison.cases import Case, Ready
-from gradlab.bench.comparison.data import TASKS, Optimiser, batch, held_out, scores
+from gradlab.bench.comparison.data import SMALL, TASKS, Optimiser, Task, batch, held_out, scores
 from gradlab.bench.energy import utilisation
 from gradlab.bench.memory import peak
 
@@ -32,7 +32,7 @@ class Worker:
 
     def __init__(self, framework: str, preset: str, device: str, seed: int):
         self.framework, self.device, self.seed = framework, device, seed
-        self.tasks = TASKS[preset]
+        self.tasks = {**TASKS[preset], "small": SMALL}
         self.side: Any = importlib.import_module(f"gradlab.bench.comparison._{framework}")
         self.ready: dict[Case, Ready] = {}
         self.first: dict[Case, float] = {}
@@ -58,7 +58,7 @@ class Worker:
     ) -> dict[str, Any]:
         """Losses and seconds of each step; what is reached on held-out data."""
         todo, device = self.tasks[task], self.device
-        learner = self.side.Learner(todo, mode, dtype, device, self.seed, Optimiser(**optimiser or {}))
+        learner = self._learner(todo, mode, dtype, Optimiser(**optimiser or {}))
         losses, seconds = [], []
         with utilisation(device) as used:
             for i in range(steps):
@@ -68,22 +68,38 @@ class Worker:
                 seconds.append(time.perf_counter() - start)
                 losses.append(float(loss))
         inputs, targets = held_out(todo)
+        case = Case("step", task, mode, dtype=dtype)
+        self.ready[case] = self.side.repeated(learner, todo, dtype, device, todo.batch, self.seed)
+        self.first[case] = seconds[0]
         logits = np.asarray(self.side.host(learner.logits(self.side.arrays(inputs, dtype, device))))
         return {"losses": losses, "seconds": seconds, "utilisation": used(), **scores(logits, targets)}
+
+    def _learner(self, task: Task, mode: str, dtype: str, optimiser: Optimiser) -> Any:
+        return self.side.Learner(task, mode, dtype, self.device, self.seed, optimiser)
 
     def prepare(self, case: Case) -> dict[str, float]:
         """Make a call ready; seconds of the first, compilation included, and of a later one."""
         if case not in self.ready:
-            self.ready[case] = self._made(case)
-            self.first[case] = self._seconds(case, 1)
+            self._start(case)
         later = min(self._seconds(case, 1) for _ in range(2))
         self.inner[case] = max(1, round(SAMPLE_S / later))
         return {"first_s": self.first[case], "later_s": later}
 
-    def _made(self, case: Case) -> Ready:
-        task, make = self.tasks[case.task], getattr(self.side, case.what, None)
-        options = (task, case.mode, case.dtype, self.device, case.batch or task.batch, self.seed)
-        return make(*options) if make else self.side.operation(case.what, case.way, *options)
+    def _start(self, case: Case) -> Any:
+        """Make a call and run it for the first time; its result."""
+        task = self.tasks[case.task]
+        common = (case.dtype, self.device, case.batch or task.batch, self.seed)
+        if case.what == "step":
+            learner = self._learner(task, case.mode, case.dtype, Optimiser())
+            self.ready[case] = self.side.repeated(learner, task, *common)
+        elif case.what == "predict":
+            self.ready[case] = self.side.predict(task, case.mode, *common)
+        else:
+            self.ready[case] = self.side.operation(case.what, case.way, task, case.mode, *common)
+        start = time.perf_counter()
+        found = self.side.synchronise(self.ready[case].run())
+        self.first[case] = time.perf_counter() - start
+        return found
 
     def _seconds(self, case: Case, count: int) -> float:
         run, wait = self.ready[case].run, self.side.synchronise
@@ -104,7 +120,8 @@ class Worker:
 
     def result(self, case: Case, path: str) -> None:
         """What a call gives, its leaves after one another, into a file."""
-        np.save(path, self.side.flat(self._made(case).run()))
+        found = self.ready[case].run() if case in self.ready else self._start(case)
+        np.save(path, self.side.flat(found))
 
     def bytes(self, case: Case) -> int | None:
         """Temporaries and results at once; None where it is not known."""
