@@ -22,7 +22,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "torch eager": ("torch", "eager"),
     "torch compile": ("torch", "compiled"),
     "flax jit": ("flax", "compiled"),
-    "tensorflow": ("tensorflow", "eager"),
+    "tensorflow": ("tensorflow", "graph"),
     "tensorflow XLA": ("tensorflow", "compiled"),
 }
 EXTRAS = {"flax": "flax", "tensorflow": "tensorflow"}  # what to install for them: gradlab[...]

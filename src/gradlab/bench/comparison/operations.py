@@ -50,19 +50,19 @@ GRADIENT = {
     "jax": (("plain", "compiled"),),
     "torch": (("autograd", "eager"), ("plain", "eager"), ("plain", "compiled")),
     "flax": (("plain", "compiled"),),
-    "tensorflow": (("plain", "eager"), ("plain", "compiled")),
+    "tensorflow": (("plain", "graph"), ("plain", "compiled")),
 }
 HVP = {
     "jax": (*JAX, ("reverse", "compiled")),
     "torch": (*TORCH, ("reverse", "eager"), ("autograd", "eager"), ("gradlab", "compiled")),
     "flax": (("plain", "compiled"),),
-    "tensorflow": (("plain", "eager"), ("plain", "compiled")),
+    "tensorflow": (("plain", "graph"), ("plain", "compiled")),
 }
 PER_EXAMPLE = {
     "jax": (*JAX, ("loop", "eager")),
     "torch": (*TORCH, ("loop", "eager")),
     "flax": (("plain", "compiled"),),
-    "tensorflow": (("plain", "eager"), ("plain", "compiled")),
+    "tensorflow": (("plain", "graph"), ("plain", "compiled")),
 }
 EAGER = {"jax": JAX, "torch": TORCH[:2]}
 OPERATIONS = (

@@ -70,7 +70,7 @@ def training(crew: Crew, preset: str, dtype: str, say: Say) -> tuple[list[Row], 
                     "steps": steps,
                     "total_s": sum(seconds),
                     "first_s": seconds[0],
-                    "compile_s": seconds[0] - usual if mode == "compiled" else None,
+                    "compile_s": seconds[0] - usual if mode != "eager" else None,
                     **done,
                     "losses": done["losses"][:: max(1, steps // 100)],
                 }
