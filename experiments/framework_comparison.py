@@ -16,6 +16,7 @@ from pathlib import Path
 
 import typer
 
+from gradlab.bench.comparison.figures import draw
 from gradlab.bench.comparison.run import compare
 from gradlab.bench.comparison.views import markdown, tables, terminal
 from gradlab.bench.console import console
@@ -38,6 +39,7 @@ def main(
     append(out / "framework_comparison.jsonl", record)
     found = tables(record)
     (out / "framework_comparison.md").write_text("\n".join(map(markdown, found)))
+    draw(record, out / "framework_comparison.png")
     for table in found:
         console().print(terminal(table))
 
