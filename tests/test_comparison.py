@@ -269,7 +269,7 @@ def test_third_order_through_a_norm_is_wrong_in_torch_alone(crew):
 
 @pytest.mark.slow
 def test_several_devices_learn_what_one_does():
-    rows = parallel(("jax", "torch"), "tiny", "cpu", lambda said: None)
+    rows = parallel(("jax", "torch"), "tiny", "decoder", "cpu", lambda said: None)
     assert not [row for row in rows if "raises" in row]
     assert all(row["largest"] < 1e-12 for row in rows)
     assert {row["devices"] for row in rows if row["way"] != "one"} == {2}

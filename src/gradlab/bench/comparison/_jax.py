@@ -87,4 +87,6 @@ def predict(task: Task, mode: str, dtype: str, device: str, size: int, seed: int
     model = build(task, dtype, device, seed)
     inputs, _ = arrays(batch(task, 0, seed, size), dtype, device)
     logits = lambda inputs: jax.vmap(model)(inputs)
-    return Ready.of(jax.jit(logits) if mode == "compiled" else logits, inputs)
+    if mode == "compiled":
+        return Ready.of(jax.jit(logits), inputs)
+    return Ready(lambda: logits(inputs))

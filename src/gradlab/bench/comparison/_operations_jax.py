@@ -48,7 +48,9 @@ def operation(
         function, *args = APART[what](way, dtype, device)
     else:
         function, *args = OF_MODELS[what](way, Point(task, dtype, device, size, seed))
-    return Ready.of(jax.jit(function) if mode == "compiled" else function, *args)
+    if mode == "compiled":
+        return Ready.of(jax.jit(function), *args)
+    return Ready(lambda: function(*args))
 
 
 def of_one(params: Any, x: Any, y: Any) -> Any:

@@ -242,7 +242,7 @@ def apart(dtype: str) -> Callable[[Record], Number]:
 
 def accuracy(record: Record, task: str) -> float:
     """How far the columns' accuracies on held-out data are apart, in per cent."""
-    rows = [row for row in record["training"] if row["task"] == task and row["column"] != "jax eager"]
+    rows = [row for row in record.get("training", []) if row["task"] == task and row["column"] != "jax eager"]
     if len(rows) < 2:
         raise Unmeasurable("one framework alone")
     values = [row["accuracy"] for row in rows]
@@ -299,7 +299,7 @@ def utilised(record: Record) -> Number:
     """Per cent of the time that the device computes, jax less torch."""
     found = {}
     for name in ("jax jit", "torch eager"):
-        values = [r["utilisation"] for r in record["training"] if r["column"] == name]
+        values = [r["utilisation"] for r in record.get("training", []) if r["column"] == name]
         if not values or None in values:
             raise Unmeasurable("the device does not say how busy it is")
         found[name] = values

@@ -60,7 +60,9 @@ def told(found: dict[str, Any], devices: int, rank: int) -> None:
         print(json.dumps({"devices": devices, **found}), flush=True)
 
 
-def parallel(frameworks: tuple[str, ...], preset: str, device: str, say: Callable[[str], None]) -> list[Row]:
+def parallel(
+    frameworks: tuple[str, ...], preset: str, task: str, device: str, say: Callable[[str], None]
+) -> list[Row]:
     """Every way on as many devices as there are, or two that share a CPU."""
     rows: list[Row] = []
     count = accelerators(device) if device != "cpu" else 2
@@ -68,15 +70,15 @@ def parallel(frameworks: tuple[str, ...], preset: str, device: str, say: Callabl
         alone: list[float] = []
         for way, title in WAYS[framework].items():
             say(f"parallel: {title}")
-            row: Row = {"column": title, "framework": framework, "way": way, "task": "decoder"}
+            row: Row = {"column": title, "framework": framework, "way": way, "task": task}
             try:
-                found = run(framework, way, preset, "decoder", device, 1 if way == "one" else count)
+                found = run(framework, way, preset, task, device, 1 if way == "one" else count)
             except Lost as lost:
                 rows.append({**row, "raises": str(lost)})
                 continue
             losses = found["float64"]["losses"]
             alone = losses if way == "one" else alone
-            far = same_losses("decoder", (WAYS[framework]["one"], alone), (title, losses), TOLERANCE)
+            far = same_losses(task, (WAYS[framework]["one"], alone), (title, losses), TOLERANCE)
             seconds = found["float32"]["seconds"][2:]
             row |= {
                 "devices": found["devices"],

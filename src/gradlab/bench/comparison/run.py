@@ -15,9 +15,9 @@ from gradlab.bench.comparison.training import Say
 from gradlab.bench.record import environment
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"rounds": 8, "batches": (8,), "compiled": False},
-    "smoke": {"rounds": 12, "batches": (32, 128, 512), "compiled": False},
-    "paper": {"rounds": 40, "batches": (32, 128, 512, 2048), "compiled": True},
+    "tiny": {"rounds": 8, "batches": (8,), "compiled": False, "parallel": "mlp"},
+    "smoke": {"rounds": 12, "batches": (32, 128, 512), "compiled": False, "parallel": "mlp"},
+    "paper": {"rounds": 40, "batches": (32, 128, 512, 2048), "compiled": True, "parallel": "decoder"},
 }
 BASES = ("torch eager", "jax jit")  # what ratios are to: the first that there is
 MORE = ("optax", "flax", "tensorflow", "scikit-learn")
@@ -48,7 +48,7 @@ def compare(
             "resident": {name: hand.ask("resident") for name, hand in crew.hands.items()},
             "operations": operations(crew, dtype, count, options["compiled"], say),
         }
-    record["parallel"] = parallel(frameworks, preset, device, say)
+    record["parallel"] = parallel(frameworks, preset, options["parallel"], device, say)
     record["claims"] = judged(record)
     return record
 

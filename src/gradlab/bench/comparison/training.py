@@ -123,9 +123,8 @@ def latency(crew: Crew, preset: str, dtype: str, count: int, say: Say, base: str
         for name, parts in every.items():
             p99 = float(np.percentile(np.concatenate(parts), 99))
             row = {"task": task, "column": name, "first_s": first[name], "seconds": median(middles[name])}
-            rows.append(
-                {**row, "p99": p99, "calls": count * 50, "ratio": quotient(middles[name], middles[base])}
-            )
+            row |= {"p99": p99, "calls": count * 50, "samples": middles[name]}
+            rows.append({**row, "ratio": quotient(middles[name], middles[base])})
     return rows
 
 

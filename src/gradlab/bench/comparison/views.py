@@ -133,7 +133,8 @@ def parallel(record: dict[str, Any]) -> Table:
         rows.append((row["column"], str(row["devices"]), si(seconds, "s"), speed, f"{row['largest']:.1e}"))
     shared = "" if all(row.get("real") for row in record["parallel"]) else " (of one CPU, which they share)"
     heads = ("engine", f"devices{shared}", "a step", "times as fast as one", "losses apart")
-    return "Data parallelism, the decoder", heads, rows
+    task = record["parallel"][0]["task"] if record["parallel"] else "nothing was run"
+    return f"Data parallelism: {task}", heads, rows
 
 
 def within(ratio: dict[str, Any]) -> str:
