@@ -17,6 +17,7 @@ CONTRACTS = [
     "gradlab.check",
     "gradlab.interop",
     "gradlab.transforms.custom_rules",
+    "gradlab.transforms.distributed",
     "gradlab.transforms.flows",
     "gradlab.transforms.gradient_statistics",
     "gradlab.transforms.hessians",

@@ -16,6 +16,7 @@ from frameworks import FRAMEWORKS
 HEAVY = ["jax", "jaxlib", "torch", "equinox", "diffrax", "optax", "matplotlib", "numpy", "scipy"]
 TOPICS = [
     "custom_rules",
+    "distributed",
     "flows",
     "gradient_statistics",
     "hessians",
@@ -29,7 +30,7 @@ TOPICS = [
     "rules",
     "steady_states",
 ]
-LIBRARIES = ["optimizers", "rules"]  # namespaces of their own
+LIBRARIES = ["distributed", "optimizers", "rules"]  # namespaces of their own
 
 
 def python(code):

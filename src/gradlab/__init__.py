@@ -27,6 +27,7 @@ Differentiate with respect to the first argument after `f`; everything after it 
     flow_log_density(f, x, *args, ts=, log_base=)   log p(x) of a continuous normalizing flow
     steady_state(f, y0, *args)          where dy/dt = f settles, differentiable in args
     functional(model)                   (apply, params) of a torch.nn.Module or an equinox module
+    distributed.hvp(f, x, v, *batch)    this and others over a batch sharded across devices and processes
     rules.norm(x), rules.eigh(A), ...   functions with derivatives right where plain formulas' are not
 
 The framework is that of the arguments; `gradlab.jax` and `gradlab.torch` hold the same names bound
@@ -46,6 +47,7 @@ from gradlab._errors import (
     GradlabError,
     InputError,
     KindError,
+    ProcessError,
     StrategyError,
     TooLargeError,
 )
@@ -98,6 +100,7 @@ __all__ = [
     "InputError",
     "KindError",
     "LinearOperator",
+    "ProcessError",
     "StrategyError",
     "TooLargeError",
     "adapt",
@@ -139,7 +142,7 @@ def __getattr__(name: str) -> Any:
     """The modules of gradlab are imported at their first use."""
     if name in ("bench", "check", "interop", "jax", "torch"):
         return import_module(f"gradlab.{name}")
-    if name in ("optimizers", "rules"):
+    if name in ("distributed", "optimizers", "rules"):
         return import_module(f"gradlab.transforms.{name}")
     if name == "privacy":
         return import_module("gradlab.transforms.per_example.privacy")

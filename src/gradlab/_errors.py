@@ -35,3 +35,7 @@ class ConvergenceWarning(RuntimeWarning):
 
 class GradientWarning(RuntimeWarning):
     """A derivative is not known to the tolerance asked for."""
+
+
+class ProcessError(GradlabError, RuntimeError):
+    """A process of a group is gone, or does not answer in time."""

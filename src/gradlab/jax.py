@@ -1,6 +1,7 @@
 """gradlab's operations bound to jax: jax arrays, equinox modules, and numpy arrays and Python numbers too."""
 
 from gradlab.transforms.custom_rules._jax import custom_jvp, custom_vjp
+from gradlab.transforms.distributed import _jax as distributed
 from gradlab.transforms.flows._jax import flow_log_density
 from gradlab.transforms.gradient_statistics._jax import (
     gradient_noise_scale,
@@ -47,6 +48,7 @@ __all__ = [
     "clipped_grad",
     "custom_jvp",
     "custom_vjp",
+    "distributed",
     "fixed_point",
     "flow_log_density",
     "functional",

@@ -1,6 +1,7 @@
 """gradlab's operations bound to torch: torch tensors, torch.nn modules, and numpy arrays and Python numbers too."""
 
 from gradlab.transforms.custom_rules._torch import custom_jvp, custom_vjp
+from gradlab.transforms.distributed import _torch as distributed
 from gradlab.transforms.flows._torch import flow_log_density
 from gradlab.transforms.gradient_statistics._torch import (
     gradient_noise_scale,
@@ -47,6 +48,7 @@ __all__ = [
     "clipped_grad",
     "custom_jvp",
     "custom_vjp",
+    "distributed",
     "fixed_point",
     "flow_log_density",
     "functional",
