@@ -5,8 +5,8 @@
 Hessian-vector products and clipped sums of gradients of a network 64-128-128-10 on scikit-learn's digits, by
 `gradlab.distributed` over 1, 2 and 4 processes of one thread each (torchrun with gloo; jax.distributed with gloo): of
 one batch that is split (strong scaling) and of a batch for each process (weak), beside the same operation on the
-process's own shard alone, in turn. Expected: the sharding adds 0.5 to a few milliseconds a call as long as there is a core
-for each process; beyond that, processes share cores, and what is split gains nothing. Aborts where the sharded
+process's own shard alone, in turn. Expected: the sharding adds 0.5 to a few milliseconds a call as long as there is a
+core for each process; beyond that, processes share cores, and what is split gains nothing. Aborts where the sharded
 result differs from that of the whole batch by more than 1e-12 in float64 (1e-6 in float32). One line a framework in
 results/distributed_scaling.jsonl, a table, a figure.
 """
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,7 @@ def data(examples: int, dtype: str, seed: int) -> tuple[dict[str, np.ndarray], d
     X, y = load_digits(return_X_y=True)
     rows = np.random.default_rng(seed).permutation(max(examples, len(X)))[:examples] % len(X)
     draw = np.random.default_rng(seed + 1)
-    layers = [
-        (f"w{i}", draw.normal(size=(a, b)) / a**0.5)
-        for i, (a, b) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False))
-    ]
+    layers = [(f"w{i}", draw.normal(size=(a, b)) / a**0.5) for i, (a, b) in enumerate(pairwise(WIDTHS))]
     params = {name: w.astype(dtype) for name, w in layers}
     v = {name: draw.normal(size=w.shape).astype(dtype) for name, w in params.items()}
     return params, v, ((X[rows] / 16).astype(dtype), y[rows].astype(np.int64))
@@ -156,7 +154,7 @@ def launch(framework: str, processes: int, words: list[str]) -> dict[str, Any]:
                 environment["COORDINATOR"] = f"127.0.0.1:{s.getsockname()[1]}"
             ranks = [{"RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
             runs = [subprocess.Popen([sys.executable, *script], env={**environment, **r}) for r in ranks]
-            if any([run.wait() for run in runs]):
+            if sum(abs(run.wait()) for run in runs):  # wait for all
                 raise SystemExit(f"{framework}, {processes} processes: failed")
         return json.loads(Path(answer).read_text())
 
@@ -218,10 +216,10 @@ def main(
     dtype: str = "float64",
     seed: int = 0,
     out: Path = Path("results"),
-    answer: Path | None = typer.Option(None, hidden=True, help="of one process"),
-    examples: int = typer.Option(0, hidden=True),
+    answer: Path | None = None,
+    examples: int = 0,
 ) -> None:
-    """Measure one framework after the other, then draw what was measured."""
+    """Measure one framework after the other, then draw what was measured; with `answer`, be one process."""
     repeats = REPEATS[preset.value]
     if answer is not None:
         rows = worker(framework.value, dtype, examples, repeats, seed)

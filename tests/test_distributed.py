@@ -88,9 +88,9 @@ def test_a_process_of_torch_that_is_late():
 @pytest.mark.slow
 def test_four_processes_by_torchrun():
     pytest.importorskip("torch")
+    script = str(HERE / "distributed_torch.py")
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-        + [str(HERE / "distributed_torch.py")],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", script],
         capture_output=True,
         text=True,
         timeout=500,
