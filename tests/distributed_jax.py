@@ -6,6 +6,7 @@ Started by tests/test_distributed.py with DEVICES, and PROCESSES, RANK and PORT 
 import os
 import sys
 import time
+from itertools import islice
 
 DEVICES, PROCESSES = int(os.environ["DEVICES"]), int(os.environ.get("PROCESSES", 1))
 RANK = int(os.environ.get("RANK", 0))
@@ -137,7 +138,8 @@ def main():
     several = PROCESSES > 1
     for dtype, tolerance in (("float64", 1e-12), ("float32", 1e-6)):
         given = problem(dtype, 2 * jax.device_count())
-        cases = list(operations(*given)) if dtype == "float64" or not several else []
+        cases = operations(*given) if dtype == "float64" else islice(operations(*given), 3 * (not several))
+        cases = list(cases)
         cases += again(*given) if dtype == "float64" and not several else []
         for name, found, truth in cases:
             if not (off := apart(found, truth)) <= tolerance:
