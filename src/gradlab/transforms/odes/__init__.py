@@ -29,6 +29,7 @@ def odeint(
     throw: bool = True,
     gradient_error: bool = False,
     event: Callable[..., Any] | None = None,
+    compile: bool = False,
 ) -> Solution:
     """The solution of dy/dt = f(t, y, *args), y(ts[0]) = y0, differentiable in y0, ts and args.
 

@@ -33,6 +33,7 @@ def odeint(
     throw: bool = True,
     gradient_error: bool = False,
     event: Callable[..., Any] | None = None,
+    compile: bool = False,
 ) -> Solution:
     """diffrax solves; two functions that are each other's derivatives, of the system and of those of its tangents."""
     options = Options(method, adjoint, rtol, atol, step_size, 4096 if max_steps is None else max_steps, throw)

@@ -8,7 +8,7 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
-from gradlab._errors import KindError, StrategyError
+from gradlab._errors import InputError, KindError, StrategyError
 from gradlab.transforms.custom_rules._torch_levels import (
     base,
     closed_over,
@@ -17,6 +17,7 @@ from gradlab.transforms.custom_rules._torch_levels import (
     transforming,
 )
 from gradlab.transforms.implicit_functions._torch_levels import Seen
+from gradlab.transforms.odes._torch_compiled import Bound, traced
 from gradlab.transforms.odes._torch_events import until
 from gradlab.transforms.odes._torch_replay import states
 from gradlab.transforms.odes._torch_rules import direction, tangent, warn
@@ -41,11 +42,17 @@ def odeint(
     throw: bool = True,
     gradient_error: bool = False,
     event: Callable[..., Any] | None = None,
+    compile: bool = False,
 ) -> Solution:
     """Two autograd.Functions that are each other's derivatives, of the system and of those of its tangents."""
     options = Options(
         method, adjoint, rtol, atol, step_size, 100_000 if max_steps is None else max_steps, throw
     )
+    if compile and options.tableau.implicit:
+        raise InputError(
+            f"odeint: compile=True compiles the steps of explicit methods, and {method} is implicit; pass "
+            "compile=False, or method='tsit5'"
+        )
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
     ts = times(ts, tree)
@@ -66,6 +73,8 @@ def odeint(
     equation = Equation(f, form(tree), put, [])
     if transforming() or gradient_error:
         look_at(equation, event, ts, y, tensors)
+    elif compile:
+        trace(equation, event, ts, y, tensors)
     elif torch.is_grad_enabled():  # else no derivative can be taken
         look_recorded(equation, event, ts, y, tensors)
     params = [*tensors, *equation.closed]
@@ -124,6 +133,20 @@ def times(ts: Any, tree: Tree) -> Any:
     if ts.is_complex() or ts.dtype == torch.bool:
         raise KindError(f"odeint: ts is of {ts.dtype}; pass times as floats")
     return (ts if ts.is_floating_point() else ts.to(torch.float64)).to(tree.leaves[0].device)
+
+
+def trace(equation: Equation, event: Any, ts: Any, y: Any, tensors: list[Any]) -> None:
+    """Find the graph that f is now, and the tensors that it closes over; look at it if it is new."""
+    program, given = traced(equation, ts[0].to(y.dtype), y, equation.put(tensors))
+    if event is not None or not program.looked:
+        f = equation.f
+        look_recorded(equation, event, ts, y, tensors)
+        program.looked, program.repaired = True, equation.f is not f
+    else:
+        equation.closed += [x for x in given if x.requires_grad and not any(x is a for a in tensors)]
+        equation.f = repaired(equation.f) if program.repaired else equation.f
+    params = [*tensors, *equation.closed]
+    equation.bound = Bound(program, [next((i for i, p in enumerate(params) if p is x), x) for x in given])
 
 
 def look_recorded(equation: Equation, event: Any, ts: Any, y: Any, tensors: list[Any]) -> None:

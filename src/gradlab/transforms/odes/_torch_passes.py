@@ -31,6 +31,9 @@ def solve(
     shape = problem.system.shape if one else None
     flat = rates if shape is None else lambda t, y: rates(t, y.view(shape)).reshape(1, -1)
     field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(flat, t, y), shape=shape)
+    bound = problem.bound
+    if bound is not None:
+        field.compiled = bound.forwards(params, record is True or len(ts) > 2 or event is not None)
     keep = record if record == "steps" else record and problem.options.adjoint != "backsolve"
     along = tolerance(problem, scales, y, record is True)
     meets = None
@@ -103,6 +106,10 @@ class Backward:
         ahead = self.trajectory.ahead if self.trajectory is not None else None
         self.field = Field(self.slopes, self.jacobians, ahead)
         self.timed = True  # whether f depends on t, as far as is known
+        bound = problem.bound if self.trajectory is not None else None
+        if bound is not None:
+            compiled = bound.backwards(params, wanted, self.trajectory, self.known)
+            self.timed, self.field = compiled.timed, compiled.field(self.jacobians)
 
     def flat(self, t: Any, y: Any) -> Any:
         """f of states (B, n)."""

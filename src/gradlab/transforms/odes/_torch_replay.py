@@ -15,6 +15,7 @@ from gradlab.transforms.custom_rules._torch_levels import tracked, transforming
 from gradlab.transforms.implicit_functions._torch import root
 from gradlab.transforms.odes._torch_passes import on_host, solve
 from gradlab.transforms.odes._torch_rules import Solve, applied, counted, fold, unfold
+from gradlab.transforms.odes._torch_stages import combined
 from gradlab.transforms.odes._torch_systems import Problem, followed
 from gradlab.transforms.odes.rosenbrock import Rosenbrock
 from gradlab.transforms.odes.tableaux import RK4
@@ -158,12 +159,6 @@ def within(tableau: Any, share: Any, slopes: Sequence[Any]) -> Any:
     return combined(
         [sum(w * p for w, p in zip(column, powers, strict=True) if w != 0) for column in columns], slopes
     )
-
-
-def combined(row: Sequence[Any], slopes: Sequence[Any]) -> Any:
-    """A sum of slopes with these weights."""
-    terms = [w * k for w, k in zip(row, slopes, strict=False) if not (isinstance(w, (int, float)) and w == 0)]
-    return sum(terms[1:], terms[0])
 
 
 def states(problem: Problem, record: bool, scales: Any, ts: Any, y0: Any, params: Sequence[Any]) -> Any:

@@ -6,7 +6,7 @@ the integrands; the end of the step, its error and its polynomial are sums of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -32,6 +32,7 @@ class Field:
     ahead: Callable[[list[float]], None] | None = (
         None  # told of the times of one example's step, to prepare for them
     )
+    compiled: Callable[..., Any] | None = None  # a whole step of one example
     shape: tuple[int, ...] | None = None  # of one example's states and slopes there; None: (1, n)
 
     def __call__(self, time: Any, t: Any, y: Any) -> tuple[Any, Any]:
@@ -40,6 +41,12 @@ class Field:
             return self.slopes(time, t, y)
         slope, integrand = self.slopes(time, t, y.view(self.shape))
         return slope.reshape(y.shape), integrand
+
+
+def combined(row: Sequence[Any], slopes: Sequence[Any]) -> Any:
+    """A sum of slopes with these weights."""
+    terms = [w * k for w, k in zip(row, slopes, strict=False) if not (isinstance(w, (int, float)) and w == 0)]
+    return sum(terms[1:], terms[0])
 
 
 def jacobians(rates: Callable[..., Any], t: Any, y: Any) -> tuple[Any, Any]:
@@ -140,9 +147,9 @@ class Stages:
 
     errors: Any  # the first of the rows of the weights of errors
 
-    def compared(self, rows: Any, scale: Any) -> Any:
-        """The sizes of sums of the stages in these units."""
-        return self.run.norms(self.sums(rows), scale)
+    def judged(self, size: Any) -> Any:
+        """How large the error is in units of the tolerances, where |y| is `size` at the end, and the step itself."""
+        return self.run.norms(self.sums(self.errors), self.run.scale(torch.maximum(self.run.size, size)))
 
     def sums(self, rows: Any) -> Any:
         """Sums (k, B, n) of the stages with these weights (k, stages)."""
@@ -192,10 +199,11 @@ class Single(Stages):
         run.evaluations += len(c) - 1
         return y.view(run.shape), slope.reshape(run.shape), integrand, False
 
-    def compared(self, rows: Any, scale: Any) -> Any:
+    def judged(self, size: Any) -> Any:
         """As of Stages."""
-        unit = abs(self.h)
-        return [size * unit for size in self.run.norms((rows @ self.flat)[:, None], scale)]
+        run, unit = self.run, abs(self.h)
+        scale = run.scale(torch.maximum(run.size, size))
+        return [x * unit for x in run.norms((self.errors @ self.flat)[:, None], scale)]
 
     def sums(self, rows: Any) -> Any:
         """As of Stages."""
@@ -317,4 +325,8 @@ def stages(run: Any, tableau: Tableau | Rosenbrock) -> Stages:
         return Linear(run, tableau)
     if tableau.implicit:
         return Diagonal(run, tableau)
+    if run.f.compiled is not None:
+        from gradlab.transforms.odes._torch_compiled import Compiled
+
+        return Compiled(run, tableau)
     return (Single if run.one else Stages)(run, tableau)

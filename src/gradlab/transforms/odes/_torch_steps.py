@@ -217,8 +217,7 @@ class Run:
         size = y.abs()
         ratio: Any = 0.0
         if self.tolerance.step_size is None:
-            scale = self.scale(torch.maximum(self.size, size))
-            error, moved, *ends = self.stages.compared(self.stages.errors, scale)
+            error, moved, *ends = self.stages.judged(size)
             self.noise = self.rounding * moved
             if ends:
                 ratio = ends[0] / self.most(ends[1], 1e-300)

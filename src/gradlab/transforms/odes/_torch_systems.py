@@ -36,6 +36,7 @@ class Equation:
     put: Callable[[Sequence[Any]], Any]  # the arguments, with these tensors
     closed: list[Any]  # the tensors that f closes over, the last of the parameters
     first: Any = None  # the slope at the first time, once known
+    bound: Any = None  # f as a graph, to be compiled
 
     @cached_property
     def bare(self) -> bool:
@@ -195,6 +196,12 @@ class Problem:
         """The slopes at (t, y)."""
         t = t.expand(self.batch) if self.batch is not None and t.ndim == 0 else t
         return self.system.rates(t, y, params, self.flags)
+
+    @property
+    def bound(self) -> Any:
+        """The equation as a graph, where its steps are to be compiled."""
+        explicit = self.batch is None and not self.options.tableau.implicit
+        return self.system.bound if explicit and isinstance(self.system, Equation) else None
 
     def field(self, params: Sequence[Any], flags: Sequence[bool] | None = None) -> Callable[[Any, Any], Any]:
         """The slopes (B, n) at times t and states (B, n); of one example B = 1."""

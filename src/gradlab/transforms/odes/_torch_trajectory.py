@@ -43,12 +43,16 @@ class Trajectory:
         return self
 
     def ahead(self, times: list[float]) -> None:
-        """Compute the states at these times of one example, those within a step by one product."""
+        """Compute the states at these times of one example."""
+        self.known = dict(zip(times, self.states(times).split(1), strict=True))
+
+    def states(self, times: list[float]) -> Any:
+        """Those (k, n) at times of one example that rise or fall, by one product for all in a step."""
         steps: dict[int, list[float]] = {}
         for t in times:
             k = min(bisect_left(self.rising, self.sign * t), len(self.rising) - 1)
             steps.setdefault(k, []).append(t)
-        self.known = {}
+        rows = []
         for k, ts in steps.items():
             y, polynomial, start, end = (
                 self.values[k],
@@ -57,9 +61,10 @@ class Trajectory:
                 self.ends[k][0],
             )
             shares = [_share(start, end, t) for t in ts]
-            powers = torch.tensor([[x**j for j in range(1, len(polynomial) + 1)] for x in shares]).to(y)
-            rows = torch.addmm(y, powers, polynomial.view(len(polynomial), -1))
-            self.known |= dict(zip(ts, rows.split(1), strict=True))
+            powers = [[x**j for j in range(1, len(polynomial) + 1)] for x in shares]
+            factor = torch.tensor(powers, dtype=y.dtype, device=y.device)
+            rows.append(torch.addmm(y, factor, polynomial.view(len(polynomial), -1)))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def __call__(self, time: Any) -> Any:
         """y at times (B,)."""

@@ -1,0 +1,279 @@
+"""Steps of explicit methods as compiled functions of tensors alone, run by the same loop as the others.
+
+torch.compile's tracer says what f is now, as a graph of tensors that are all given to it: the parameters of a module
+or the numbers of a closure are looked up at each solution, and another graph is made where f has become another
+function. inductor compiles a step made of that graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from gradlab._errors import StrategyError
+from gradlab.transforms.odes._torch_stages import Field, Single, combined, weights
+
+
+@dataclass(eq=False)
+class Program:
+    """f as a graph: the flat slope, of t, the flat state and other tensors."""
+
+    graph: Any
+    t: int | None  # their places among the inputs, where they are used
+    y: int | None
+    looked: bool = False  # whether f was looked at
+    repaired: bool = False  # whether it calls faulty operations
+    steps: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+
+    def slope(self, t: Any, y: Any, others: Sequence[Any]) -> Any:
+        """f at (t, y)."""
+        given = list(others)
+        for place, x in sorted((p, x) for p, x in ((self.t, t), (self.y, y)) if p is not None):
+            given.insert(place, x)
+        return self.graph(*given)[0]
+
+    def compiled(self, key: Any, step: Callable[..., Any], *given: Any) -> Callable[..., Any]:
+        """A step compiled for arguments like these, once."""
+        if key not in self.steps:
+            given = tuple(torch.empty_like(x).copy_(x) for x in given)
+            with torch.no_grad(), trouble():
+                self.steps[key] = torch._inductor.compile(make_fx(step)(*given), list(given))
+        return self.steps[key]
+
+
+@dataclass(eq=False)
+class Bound:
+    """A program with the tensors that it is given besides t and the state: a parameter's number, or the tensor."""
+
+    program: Program
+    sources: list[Any]
+
+    def others(self, params: Sequence[Any]) -> list[Any]:
+        """Those tensors."""
+        return [(params[s] if isinstance(s, int) else s).detach() for s in self.sources]
+
+    def place(self, number: int) -> int | None:
+        """Where a parameter is among them."""
+        return next((i for i, s in enumerate(self.sources) if isinstance(s, int) and s == number), None)
+
+    def forwards(self, params: Sequence[Any], whole: bool) -> Callable[..., Any]:
+        """A step of one example, with the polynomial within it if `whole`."""
+        program, others = self.program, self.others(params)
+
+        def step(stages: Any, t: float, h: float, *given: Any) -> Any:
+            tableau, watched = stages.tableau, stages.run.watched
+            key = "forwards", tableau.name, watched, whole
+            run = program.compiled(key, forward_step(program, tableau, watched, whole), *given, *others)
+            y, slope, size, *dense = run(*given, *others)
+            return y, slope, size, None, None, dense[0] if dense else None
+
+        return step
+
+    def backwards(self, *given: Any) -> Backwards:
+        """Those of the adjoint."""
+        return Backwards(self, *given)
+
+
+class trouble:
+    """What a compiler reports, by the name of the option."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        if isinstance(error, Exception):
+            reason = str(error).strip().partition("\n")[0]
+            raise StrategyError(
+                f"odeint: compile=True cannot compile f: {type(error).__name__}: {reason}; pass compile=False"
+            ) from error
+
+
+_traced: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+class Trace:
+    """The programs of functions of one code. Calling it says which of them f is now, and its tensors."""
+
+    def __init__(self) -> None:
+        self.programs: dict[Any, Program] = {}
+        self.found: Any = None
+
+        def slope(f: Any, t: Any, y: Any, shapes: Any, put: Any, args: Any) -> Any:
+            if shapes is None:
+                state = y.view(put)
+            else:
+                sizes = [s.numel() for s in shapes]
+                parts = torch.split(y, sizes)
+                state = torch.utils._pytree.tree_unflatten(
+                    [part.view(s) for part, s in zip(parts, shapes, strict=True)], put
+                )
+            out = f(t, state, *args)
+            leaves = [out] if shapes is None else torch.utils._pytree.tree_leaves(out)
+            return torch.cat([leaf.reshape(-1) for leaf in leaves])
+
+        slope.__code__ = slope.__code__.replace()  # with a cache of graphs of its own
+        self.traced: Any = torch.compile(slope, backend=self.backend, fullgraph=True, dynamic=False)
+
+    def backend(self, graph: Any, _: Any) -> Callable[..., Any]:
+        """Takes the place of a compiler: notes the graph and what it is given."""
+
+        def run(*given: Any) -> Any:
+            self.found = graph, given
+            return (given[0].new_empty(0),)
+
+        return run
+
+    def __call__(self, equation: Any, t: Any, y: Any, args: Any) -> tuple[Program, list[Any]]:
+        tree = equation.tree
+        t, y = t.detach().clone(), y.detach().view(-1)
+        shapes, put = (None, equation.shape) if equation.bare else (tuple(tree.shapes), tree.spec)
+        with torch.no_grad(), trouble():
+            self.traced(equation.f, t, y, shapes, put, args)
+            graph, given = self.found
+        self.found = None
+        kinds = tuple((x.shape, x.stride(), x.dtype, x.device) for x in given)
+        constants = any(node.op in ("get_attr", "call_module") for node in graph.graph.nodes)
+        key = (id(graph) if constants else graph.code, kinds)
+        place = lambda it: next((i for i, x in enumerate(given) if x is it), None)
+        if key not in self.programs:
+            self.programs[key] = Program(graph, place(t), place(y))
+        return self.programs[key], [x for x in given if x is not t and x is not y]
+
+
+def traced(equation: Any, t: Any, y: Any, args: Any) -> tuple[Program, list[Any]]:
+    """The program that f is now, and the tensors that it is given."""
+    f = equation.f
+    code = getattr(getattr(f, "__func__", f), "__code__", f)
+    if code not in _traced:
+        _traced[code] = Trace()
+    return _traced[code](equation, t, y, args)
+
+
+def sizes(rows: Sequence[Any], before: Any, after: Any, tol: Any) -> Any:
+    """The root mean squares of rows, in units of the tolerances."""
+    scale = tol[1] + tol[0] * torch.maximum(before.abs(), after.abs())
+    return torch.stack([(row / scale).square().mean().sqrt() for row in rows])
+
+
+def errors(tableau: Any, slopes: Sequence[Any], h: Any, watched: bool) -> list[Any]:
+    """What the rows of the weights of errors are of."""
+    rows = weights(tableau, torch.float64, torch.device("cpu")).error[: 4 if watched else 2].tolist()
+    return [h * combined(row, slopes) for row in rows]
+
+
+def forward_step(program: Program, tableau: Any, watched: bool, whole: bool) -> Callable[..., Any]:
+    """A step of the equation."""
+
+    def step(y: Any, slope: Any, at: Any, tol: Any, *others: Any) -> Any:
+        t, h = at.unbind()
+        slopes, end = [slope], y
+        for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
+            end = y + h * combined(row, slopes)
+            slopes.append(program.slope(t + c * h, end, others))
+        out = end, slopes[-1], sizes(errors(tableau, slopes, h, watched), y, end, tol)
+        return (*out, torch.stack([h * combined(row, slopes) for row in tableau.dense])) if whole else out
+
+    return step
+
+
+def pulled(program: Program, places: Sequence[Any], timed: bool, a: Any, t: Any, y: Any, others: Any) -> Any:
+    """The slope of the adjoint, the integrands and the slope of f."""
+    with torch.enable_grad():
+        t, y = t.detach().requires_grad_(timed), y.detach().requires_grad_()
+        used = {i for i, _ in places}
+        others = [x.detach().requires_grad_(i in used) for i, x in enumerate(others)]
+        slope = program.slope(t, y, others)
+        wanted = [a.new_zeros(size, requires_grad=True) if i is None else others[i] for i, size in places]
+        inputs = [y, *wanted, *([t] if timed else [])]
+        if not slope.requires_grad:
+            return torch.zeros_like(a), a.new_zeros(sum(x.numel() for x in inputs[1:])), slope.detach()
+        moved, *rest = torch.autograd.grad(slope, inputs, -a, materialize_grads=True)
+    return moved, torch.cat([a.new_zeros(0), *(x.reshape(-1) for x in rest)]), slope.detach()
+
+
+def backward_step(program: Program, tableau: Any, places: Sequence[Any], timed: bool) -> Callable[..., Any]:
+    """A step of the adjoint, with the states at its stages."""
+
+    def step(a: Any, slope: Any, integrand: Any, states: Any, at: Any, tol: Any, *others: Any) -> Any:
+        t, h = at.unbind()
+        slopes, end, gained = [slope], a, tableau.b[0] * integrand
+        for i in range(1, tableau.stages):
+            end = a + h * combined(tableau.a[i], slopes)
+            moved, integrand, rate = pulled(
+                program, places, timed, end, t + tableau.c[i] * h, states[i - 1], others
+            )
+            slopes.append(moved)
+            gained = gained + tableau.b[i] * integrand if tableau.b[i] != 0 else gained
+        return end, moved, sizes(errors(tableau, slopes, h, False), a, end, tol), integrand, h * gained, rate
+
+    return step
+
+
+class Backwards:
+    """The adjoint of one example by compiled steps."""
+
+    def __init__(self, bound: Bound, params: Any, wanted: Sequence[int], trajectory: Any, known: dict[float, Any]):
+        self.program, self.others = bound.program, bound.others(params)
+        self.timed, self.trajectory, self.known = bound.program.t is not None, trajectory, known
+        self.places = [(bound.place(i), params[i].numel()) for i in wanted]
+        self.empty = not (self.places or self.timed)
+
+    def field(self, jacobians: Any) -> Field:
+        """As the integrator has it."""
+        return Field(self.slopes, jacobians, compiled=self.step)
+
+    def note(self, time: float, rate: Any) -> None:
+        if time in self.known:
+            self.known[time] = rate.view(1, -1)
+
+    def slopes(self, time: float, t: Any, a: Any) -> Any:
+        """Those at the start."""
+        program, places, timed = self.program, self.places, self.timed
+        pull = lambda a, t, y, *others: pulled(program, places, timed, a, t, y, others)
+        given = (a.view(-1), t.view(()), self.trajectory.states([time]).view(-1), *self.others)
+        moved, integrand, rate = program.compiled(("slopes", tuple(places)), pull, *given)(*given)
+        self.note(time, rate)
+        return moved.view(a.shape), None if self.empty else integrand[None]
+
+    def step(self, stages: Any, t: float, h: float, a: Any, slope: Any, at: Any, tol: Any) -> Any:
+        """One of the method."""
+        program, run, c = self.program, stages.run, stages.tableau.c[1:]
+        integrand = a.new_zeros(0) if self.empty else run.integrand[0]
+        states = self.trajectory.states([t + x * h for x in c])
+        given = (a, slope, integrand, states, at, tol, *self.others)
+        step = backward_step(program, stages.tableau, self.places, self.timed)
+        key = "backwards", stages.tableau.name, tuple(self.places)
+        y, slope, size, integrand, gained, rate = program.compiled(key, step, *given)(*given)
+        self.note(t + c[-1] * h, rate)
+        return y, slope, size, *((None, None) if self.empty else (integrand[None], gained[None])), None
+
+
+class Compiled(Single):
+    """The stages of one example by a compiled step."""
+
+    def __init__(self, run: Any, tableau: Any):
+        self.run, self.tableau = run, tableau
+        self.weights = weights(tableau, run.y.dtype, run.y.device)
+        tensor = lambda *x: torch.tensor(x, dtype=run.y.dtype, device=run.y.device)
+        self.tol = tensor(run.tolerance.rtol, float(run.tolerance.atol))
+        self.tensor = tensor
+
+    def __call__(self, t: Any, h: Any) -> tuple[Any, Any, Any, Any]:
+        """As of Stages."""
+        run = self.run
+        given = run.y.view(-1), run.slope.view(-1), self.tensor(t, h), self.tol
+        y, slope, self.found, integrand, self.Q, self.dense = run.f.compiled(self, t, h, *given)
+        run.evaluations += self.tableau.stages - 1
+        return y.view(run.shape), slope.view(run.shape), integrand, False
+
+    def judged(self, size: Any) -> Any:
+        """As of Stages."""
+        return self.found.tolist()
+
+    def sums(self, rows: Any) -> Any:
+        """As of Stages, of the polynomial alone."""
+        return self.dense.view(-1, *self.run.shape)
