@@ -216,7 +216,9 @@ def backward_step(program: Program, tableau: Any, places: Sequence[Any], timed: 
 class Backwards:
     """The adjoint of one example by compiled steps."""
 
-    def __init__(self, bound: Bound, params: Any, wanted: Sequence[int], trajectory: Any, known: dict[float, Any]):
+    def __init__(
+        self, bound: Bound, params: Any, wanted: Sequence[int], trajectory: Any, known: dict[float, Any]
+    ):
         self.program, self.others = bound.program, bound.others(params)
         self.timed, self.trajectory, self.known = bound.program.t is not None, trajectory, known
         self.places = [(bound.place(i), params[i].numel()) for i in wanted]

@@ -14,7 +14,7 @@ from gradlab._errors import ConvergenceError, InputError
 from gradlab.transforms.odes._torch_stages import Field, jacobians
 from gradlab.transforms.odes._torch_steps import Start, integrate
 from gradlab.transforms.odes._torch_systems import Problem
-from gradlab.transforms.odes._torch_trajectory import Solved
+from gradlab.transforms.odes._torch_trajectory import Solved, Trajectory
 from gradlab.transforms.odes.options import Status, Tolerance
 from gradlab.transforms.repairs._torch import unseen
 
@@ -27,14 +27,17 @@ def solve(
     y = y0.detach().reshape(problem.batch or 1, -1)
     times = checked(problem, on_host(ts, len(y)))
     rates = problem.field(params)
-    first = getattr(problem.system, "first", None) if one else None
+    tape = isinstance(record, Trajectory)
+    first = getattr(problem.system, "first", None) if one and not tape else None
     shape = problem.system.shape if one else None
     flat = rates if shape is None else lambda t, y: rates(t, y.view(shape)).reshape(1, -1)
     field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(flat, t, y), shape=shape)
     bound = problem.bound
-    if bound is not None:
+    if tape:
+        field.slopes, field.ahead = record.slopes, record.ahead
+    elif bound is not None:
         field.compiled = bound.forwards(params, record is True or len(ts) > 2 or event is not None)
-    keep = record if record == "steps" else record and problem.options.adjoint != "backsolve"
+    keep = record if tape or record == "steps" else record and problem.options.adjoint != "backsolve"
     along = tolerance(problem, scales, y, record is True)
     meets = None
     if event is not None:
@@ -83,6 +86,18 @@ def failure(problem: Problem, solved: Solved, times: np.ndarray) -> ConvergenceE
     )
 
 
+def lifted(problem: Problem, params: Sequence[Any], wanted: Sequence[int]) -> tuple[Any, Any, Any]:
+    """The parameters, those wanted as tensors to differentiate by; the latter alone; which there are of each example."""
+    one, flags, xs = problem.batch is None, list(problem.flags), []
+    for i, p in enumerate(params):
+        original = any(p is x for x in problem.closed)
+        if i in wanted and not (one and original and p.requires_grad):
+            p = p if one or flags[i] else p.expand(problem.batch, *p.shape)
+            p, flags[i] = p.detach().requires_grad_(), flags[i] or not one
+        xs.append(p if original or i in wanted else p.detach())
+    return xs, [xs[i] for i in wanted], flags
+
+
 class Backward:
     """The adjoint's equation a' = -(∂f/∂y)ᵀ a beside the integrals of the params' cotangents.
 
@@ -92,15 +107,8 @@ class Backward:
     def __init__(self, problem: Problem, solved: Solved, wanted: Sequence[int], params: Sequence[Any]):
         self.problem, self.one = problem, problem.batch is None
         self.trajectory = solved.trajectory
-        flags, self.xs = list(problem.flags), []
-        for i, p in enumerate(params):
-            original = any(p is x for x in problem.closed)
-            if i in wanted and not (self.one and original and p.requires_grad):
-                p = p if self.one or flags[i] else p.expand(problem.batch, *p.shape)
-                p, flags[i] = p.detach().requires_grad_(), flags[i] or not self.one
-            self.xs.append(p if original or i in wanted else p.detach())
-        self.leaves = [self.xs[i] for i in wanted]
-        self.rates = problem.field(self.xs, flags)
+        xs, self.leaves, flags = lifted(problem, params, wanted)
+        self.rates = problem.field(xs, flags)
         self.shape = problem.system.shape if self.one else None
         self.known: dict[float, Any] = {}  # slopes of one example at times that are wanted
         ahead = self.trajectory.ahead if self.trajectory is not None else None

@@ -13,6 +13,7 @@ import torch
 
 from gradlab.transforms.custom_rules._torch_levels import tracked, transforming
 from gradlab.transforms.implicit_functions._torch import root
+from gradlab.transforms.odes._torch_direct import Direct
 from gradlab.transforms.odes._torch_passes import on_host, solve
 from gradlab.transforms.odes._torch_rules import Solve, applied, counted, fold, unfold
 from gradlab.transforms.odes._torch_stages import combined
@@ -163,9 +164,13 @@ def within(tableau: Any, share: Any, slopes: Sequence[Any]) -> Any:
 
 def states(problem: Problem, record: bool, scales: Any, ts: Any, y0: Any, params: Sequence[Any]) -> Any:
     """The states at ts and the counts, with derivatives by the adjoint asked for."""
-    if problem.options.adjoint in ("direct", "checkpoint") and len(ts) > 1:
+    options, plain = problem.options, not transforming()
+    if options.adjoint in ("direct", "checkpoint") and len(ts) > 1 and (record or not plain):
+        explicit = options.stiff is None and not options.tableau.implicit
+        if options.adjoint == "direct" and plain and explicit and not ts.requires_grad:
+            return Direct.apply(problem, replayed, scales, ts, y0, *params)
         return replayed(problem, scales, ts, y0, params)
-    if record or transforming():
+    if record or not plain:
         return applied(Solve, problem, record, scales, ts, y0, *params)
     return Solve.forward(problem, record, scales, ts, y0, *params)
 

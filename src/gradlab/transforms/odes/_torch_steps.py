@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from math import factorial
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,8 @@ class Run:
         if again.any():
             self.ys[:, 1:][torch.from_numpy(again).to(y.device)] = y[:, None].expand_as(self.ys[:, 1:])[again]
         self.trajectory = Trajectory(whole=record != "steps") if record else None
+        if isinstance(record, Trajectory):
+            self.trajectory = record
         self.switched: int | None = None
         self.slope, self.integrand = start.slope, None
         if start.slope is None:
@@ -199,11 +202,17 @@ class Run:
         y = torch.addcmul(self.y, self.column(self.direction * h), self.slope)
         slope, _ = self.at(self.t + self.direction * h, y)
         change = self.norm(slope - self.slope, scale) / most(h, 1e-300)
-        change = self.chosen(np.isfinite(change), most(d1, change), 1e15)
+        change = self.chosen(np.isfinite(change), change, 1e15)
+        larger = most(d1, change)
         longer = self.chosen(
-            change <= 1e-15, most(1e-6, h * 1e-3), (0.01 / most(change, 1e-15)) ** (1 / order)
+            larger <= 1e-15, most(1e-6, h * 1e-3), (0.01 / most(larger, 1e-15)) ** (1 / order)
         )
-        return least(least(100 * h, longer), span)
+        short = least(100 * h, longer)
+        if self.tableau.implicit:
+            return least(short, span)
+        rate = change / most(d1, 1e-300)  # were each derivative as much larger than the one before
+        term = (0.1 * factorial(order) / most(d1 * rate ** (order - 1), 1e-300)) ** (1 / order)
+        return least(least(most(short, term), 10 * short), span)
 
     def step(self) -> None:
         """One step of every example that has not finished, kept where its error is small enough."""
