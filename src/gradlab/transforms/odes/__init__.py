@@ -69,6 +69,10 @@ def odeint(
             warns above 100 times rtol. (In torch every cotangent of `"auto"` warns where a·f is not kept.)
         event: Function `event(t, y, *args)` -> scalar, whose first change of sign after ts[0] ends the solution. The
             states at later ts are the one at the event. None: there is no event.
+        compile: In torch, whether a step of an explicit method is compiled, forwards and of the cotangent, at the first
+            call: a minute of waiting. Another f, shape, dtype or method is compiled anew; the numbers that f closes
+            over may change. Under a transform, and in derivatives of derivatives, steps run as they do without. In
+            jax there is nothing to do: put `jax.jit` around the call.
 
     Returns:
         `Solution(ys, stats, status, gradient_error, event_time)`: ys a tree like y0 with a leading axis of T times;
@@ -81,7 +85,8 @@ def odeint(
     Raises:
         KindError: y0 holds anything but floats, or args complex numbers.
         InputError: ts is not sorted or holds a time twice; f returns a tree unlike y0; an option that does not exist.
-        StrategyError: a derivative that the adjoint asked for has not.
+        StrategyError: a derivative that the adjoint asked for has not; with compile=True, an f that torch.compile
+            cannot trace as one graph.
         ConvergenceError: max_steps was reached, no step was small enough, or f was not finite; torch names the time
             and the state. In compiled jax it is jax's own JaxRuntimeError with the same message.
         BackendError: arrays of both frameworks, or of neither.
@@ -95,8 +100,8 @@ def odeint(
         Evaluations of f: stages - 1 a step (6 of tsit5); of an implicit method about 15, and ∂f/∂y once. A tangent:
         with each the derivative of f along one direction (in torch two pullbacks). A cotangent: a pullback of f for
         each stage of about as many steps backwards, under torch.func after another solve; memory in entries of y: in
-        torch 5 a step (tsit5), in jax 8 for each of max_steps. In torch not compiled: torch.compile
-        leaves its graph for the call.
+        torch 5 a step (tsit5), in jax 8 for each of max_steps. torch.compile around the call leaves
+        its graph for it: pass compile=True.
 
     Example:
         >>> import torch

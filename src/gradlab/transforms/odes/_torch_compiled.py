@@ -37,13 +37,13 @@ class Program:
             given.insert(place, x)
         return self.graph(*given)[0]
 
-    def compiled(self, key: Any, step: Callable[..., Any], *given: Any) -> Callable[..., Any]:
-        """A step compiled for arguments like these, once."""
+    def run(self, key: Any, made: Callable[..., Any], options: Sequence[Any], *given: Any) -> Any:
+        """A step, made with these options, at tensors that have the same form each time; compiled at the first."""
         if key not in self.steps:
-            given = tuple(torch.empty_like(x).copy_(x) for x in given)
             with torch.no_grad(), trouble():
-                self.steps[key] = torch._inductor.compile(make_fx(step)(*given), list(given))
-        return self.steps[key]
+                graph = make_fx(made(self, *options))(*given)
+                self.steps[key] = torch._inductor.compile(graph, list(given))
+        return self.steps[key](*given)
 
 
 @dataclass(eq=False)
@@ -68,8 +68,8 @@ class Bound:
         def step(stages: Any, t: float, h: float, *given: Any) -> Any:
             tableau, watched = stages.tableau, stages.run.watched
             key = "forwards", tableau.name, watched, whole
-            run = program.compiled(key, forward_step(program, tableau, watched, whole), *given, *others)
-            y, slope, size, *dense = run(*given, *others)
+            options = tableau, watched, whole
+            y, slope, size, *dense = program.run(key, forward_step, options, *given, *others)
             return y, slope, size, None, None, dense[0] if dense else None
 
         return step
@@ -195,6 +195,11 @@ def pulled(program: Program, places: Sequence[Any], timed: bool, a: Any, t: Any,
     return moved, torch.cat([a.new_zeros(0), *(x.reshape(-1) for x in rest)]), slope.detach()
 
 
+def pullback(program: Program, places: Sequence[Any], timed: bool) -> Callable[..., Any]:
+    """The same of tensors alone."""
+    return lambda a, t, y, *others: pulled(program, places, timed, a, t, y, others)
+
+
 def backward_step(program: Program, tableau: Any, places: Sequence[Any], timed: bool) -> Callable[..., Any]:
     """A step of the adjoint, with the states at its stages."""
 
@@ -234,22 +239,20 @@ class Backwards:
 
     def slopes(self, time: float, t: Any, a: Any) -> Any:
         """Those at the start."""
-        program, places, timed = self.program, self.places, self.timed
-        pull = lambda a, t, y, *others: pulled(program, places, timed, a, t, y, others)
-        given = (a.view(-1), t.view(()), self.trajectory.states([time]).view(-1), *self.others)
-        moved, integrand, rate = program.compiled(("slopes", tuple(places)), pull, *given)(*given)
+        key, y = ("slopes", *self.places), self.trajectory.states([time])
+        given = (a.view(-1), t.reshape(()), y.view(-1), *self.others)
+        moved, integrand, rate = self.program.run(key, pullback, (self.places, self.timed), *given)
         self.note(time, rate)
         return moved.view(a.shape), None if self.empty else integrand[None]
 
     def step(self, stages: Any, t: float, h: float, a: Any, slope: Any, at: Any, tol: Any) -> Any:
         """One of the method."""
-        program, run, c = self.program, stages.run, stages.tableau.c[1:]
-        integrand = a.new_zeros(0) if self.empty else run.integrand[0]
+        tableau, c = stages.tableau, stages.tableau.c[1:]
+        integrand = a.new_zeros(0) if self.empty else stages.run.integrand[0]
         states = self.trajectory.states([t + x * h for x in c])
         given = (a, slope, integrand, states, at, tol, *self.others)
-        step = backward_step(program, stages.tableau, self.places, self.timed)
-        key = "backwards", stages.tableau.name, tuple(self.places)
-        y, slope, size, integrand, gained, rate = program.compiled(key, step, *given)(*given)
+        key, options = ("backwards", tableau.name, *self.places), (tableau, self.places, self.timed)
+        y, slope, size, integrand, gained, rate = self.program.run(key, backward_step, options, *given)
         self.note(t + c[-1] * h, rate)
         return y, slope, size, *((None, None) if self.empty else (integrand[None], gained[None])), None
 

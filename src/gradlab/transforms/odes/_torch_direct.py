@@ -15,7 +15,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from gradlab.transforms.odes._torch_passes import lifted, on_host, solve
 from gradlab.transforms.odes._torch_rules import counted
-from gradlab.transforms.odes._torch_stages import combined, weights
+from gradlab.transforms.odes._torch_stages import weights
 from gradlab.transforms.odes._torch_systems import Problem
 from gradlab.transforms.odes._torch_trajectory import Trajectory
 
@@ -111,7 +111,7 @@ def pulled(tape: Tape, tableau: Any, ts: Any, us: Any) -> tuple[Any, list[Any]]:
                 moved = moved + us[j]
             elif j > 0:
                 share = (times[j] - start) / h
-                row = combined([share ** (p + 1) for p in range(len(tableau.dense))], np.array(tableau.dense))
+                row = np.power(share, np.arange(1, len(tableau.dense) + 1)) @ np.array(tableau.dense)
                 own = [
                     h * w * us[j] if x is None else x + h * w * us[j] for w, x in zip(row, own, strict=True)
                 ]

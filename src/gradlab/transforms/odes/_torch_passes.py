@@ -87,7 +87,7 @@ def failure(problem: Problem, solved: Solved, times: np.ndarray) -> ConvergenceE
 
 
 def lifted(problem: Problem, params: Sequence[Any], wanted: Sequence[int]) -> tuple[Any, Any, Any]:
-    """The parameters, those wanted as tensors to differentiate by; the latter alone; which there are of each example."""
+    """The parameters, those wanted as tensors to differentiate by; these alone; which there are of each example."""
     one, flags, xs = problem.batch is None, list(problem.flags), []
     for i, p in enumerate(params):
         original = any(p is x for x in problem.closed)
