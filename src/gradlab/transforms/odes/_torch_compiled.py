@@ -7,13 +7,13 @@ function. inductor compiles a step made of that graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from gradlab._errors import StrategyError
 from gradlab.transforms.odes._torch_stages import Field, Single, combined, weights
@@ -40,9 +40,12 @@ class Program:
     def run(self, key: Any, made: Callable[..., Any], options: Sequence[Any], *given: Any) -> Any:
         """A step, made with these options, at tensors that have the same form each time; compiled at the first."""
         if key not in self.steps:
+            from torch import _inductor  # some seconds, that nobody else should wait for
+            from torch.fx.experimental.proxy_tensor import make_fx
+
             with torch.no_grad(), trouble():
                 graph = make_fx(made(self, *options))(*given)
-                self.steps[key] = torch._inductor.compile(graph, list(given))
+                self.steps[key] = _inductor.compile(graph, list(given))
         return self.steps[key](*given)
 
 
@@ -79,17 +82,16 @@ class Bound:
         return Backwards(self, *given)
 
 
-class trouble:
+@contextmanager
+def trouble() -> Iterator[None]:
     """What a compiler reports, by the name of the option."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        if isinstance(error, Exception):
-            reason = str(error).strip().partition("\n")[0]
-            raise StrategyError(
-                f"odeint: compile=True cannot compile f: {type(error).__name__}: {reason}; pass compile=False"
-            ) from error
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StrategyError(
+            f"odeint: compile=True cannot compile f: {type(error).__name__}: {reason}; pass compile=False"
+        ) from error
 
 
 _traced: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -123,7 +125,7 @@ class Trace:
 
         def run(*given: Any) -> Any:
             self.found = graph, given
-            return (given[0].new_empty(0),)
+            return (torch.empty(0),)
 
         return run
 
