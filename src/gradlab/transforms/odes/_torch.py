@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -149,50 +151,78 @@ def trace(equation: Equation, event: Any, ts: Any, y: Any, tensors: list[Any]) -
     equation.bound = Bound(program, [next((i for i, p in enumerate(params) if p is x), x) for x in given])
 
 
+_plain: WeakKeyDictionary[Any, Any] = (
+    WeakKeyDictionary()
+)  # what the graphs were of functions that were looked at
+
+
 def look_recorded(equation: Equation, event: Any, ts: Any, y: Any, tensors: list[Any]) -> None:
-    """The same in plain eager code, where the graph that f leaves shows whatever was missed; it is the first slope."""
+    """The same in plain eager code, where the graph that f leaves shows whatever was missed; it is the first slope.
+
+    A function that was looked at, and leaves the same graph, needs no modes around it again.
+    """
     t, repair, given = ts[0].detach().to(y.dtype), Repair(Level.ALL), [x.detach() for x in tensors]
+    before, f = known(equation.f) if event is None else None, equation.f
     with torch.enable_grad():
         leaf = y.detach().requires_grad_()
         state = leaf.view_as(leaf)
+        begin = state.grad_fn._sequence_nr()
+        old = lambda x: x.requires_grad and (x.grad_fn is None or x.grad_fn._sequence_nr() < begin)
+        held = {id(x): x for x in closed_over([f, event]) if old(x)}
+        if before is not None:
+            slope = equation(t, state, *given)
+            kinds, used, older = survey(slope, begin)
+            if kinds == before and not older:
+                equation.closed += ({id(x): x for x in used if x is not leaf} | held).values()
+                equation.first = slope.detach()
+                return
         with Seen([t, leaf, state, *given]) as seen, repair:
             slope = equation(t, state, *given)
             if event is not None:
                 equation.value(event, t, state, *given)
-    begin = state.grad_fn._sequence_nr()
-    old = lambda x: x.requires_grad and (x.grad_fn is None or x.grad_fn._sequence_nr() < begin)
-    used = {id(x): x for x in seen.closed if old(x)}
-    equation.closed += {
-        id(x): x for x in [*used.values(), *closed_over([equation.f, event])] if old(x)
-    }.values()
+    own = {id(x): x for x in seen.closed if old(x)}
+    equation.closed += (own | held).values()
     inner = [x for x in map(base, seen.wrapped) if old(x)]
-    hidden = any(id(x) in used or id(x) not in seen.known for x in inner)
-    if hidden or not reaches_only(slope, [leaf, *used.values()], begin):
+    kinds, used, older = survey(slope, begin)
+    starts = [x.grad_fn for x in own.values()]
+    if (
+        any(id(x) in own or id(x) not in seen.known for x in inner)
+        or any(x is not leaf and id(x) not in own for x in used)
+        or any(not any(node is start for start in starts) for node in older)
+    ):
         raise StrategyError(UNFOLLOWED)
     if repair.names:
-        equation.f = repaired(equation.f)
-    else:
-        equation.first = slope.detach()
+        equation.f = repaired(f)
+        return
+    equation.first = slope.detach()
+    with suppress(TypeError):  # of an f that no weak reference can be made to
+        _plain[f] = kinds
 
 
-def reaches_only(slope: Any, tensors: list[Any], begin: int) -> bool:
-    """Whether a graph, from its node number `begin` on, ends at these tensors."""
-    ends = [x.grad_fn for x in tensors]
+def known(f: Any) -> Any:
+    """The graph that a function left when it was looked at."""
+    with suppress(TypeError):
+        return _plain.get(f)
+    return None
+
+
+def survey(slope: Any, begin: int) -> tuple[list[Any], list[Any], list[Any]]:
+    """What a graph is made of from its node number `begin` on: the kinds of its nodes, its ends, and older nodes."""
     nodes = [slope.grad_fn] if slope.grad_fn is not None else []
-    seen = set(nodes)
+    seen, kinds, ends, older = set(nodes), [], [], []
     for node in nodes:  # grows meanwhile
+        kinds.append(type(node))
         variable = getattr(node, "variable", None)
         if variable is not None:
-            if not any(variable is x for x in tensors):
-                return False
+            ends.append(variable)
         elif node._sequence_nr() < begin:
-            if not any(node is end for end in ends):
-                return False
+            older.append(node)
         else:
-            new = {other for other, _ in node.next_functions if other is not None} - seen
-            seen |= new
-            nodes += new
-    return True
+            for other, _ in node.next_functions:
+                if other is not None and other not in seen:
+                    seen.add(other)
+                    nodes.append(other)
+    return kinds, ends, older
 
 
 def look_at(equation: Equation, event: Any, ts: Any, y: Any, tensors: list[Any]) -> None:
