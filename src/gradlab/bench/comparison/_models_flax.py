@@ -98,7 +98,7 @@ def build(task: Task, dtype: str, device: str = "cpu", seed: int = 0, values: An
     """The model of a task, with the weights that every framework begins with, or other values by path and shape."""
     made = lambda: MODELS[task.kind](**task.sizes, rngs=nnx.Rngs(0))
     graph, state = nnx.split(nnx.eval_shape(made))
-    place = jax.devices("gpu" if device == "cuda" else device)[0]
+    place = jax.local_devices(backend="gpu" if device == "cuda" else device)[0]
 
     def first(path: Any, leaf: Any) -> Any:
         return leaf.replace(jax.device_put(jnp.asarray(values(path, leaf.shape, seed), dtype), place))

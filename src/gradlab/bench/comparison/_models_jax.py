@@ -109,7 +109,7 @@ MODELS: dict[str, Any] = {"mlp": MLP, "conv": Conv, "decoder": Decoder}
 def build(task: Task, dtype: str, device: str = "cpu", seed: int = 0, values: Any = weight) -> Any:
     """The model of a task, with the weights that every framework begins with, or other values by path and shape."""
     model = eqx.filter_eval_shape(MODELS[task.kind], **task.sizes)
-    place = jax.devices("gpu" if device == "cuda" else device)[0]
+    place = jax.local_devices(backend="gpu" if device == "cuda" else device)[0]
 
     def first(path: Any, leaf: Any) -> Any:
         value = values(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape, seed)

@@ -24,15 +24,18 @@ def stepper(way: str, task: Task, dtype: str, mesh: Mesh) -> Any:
     """`step(i)`: learn from batch i, whose examples are spread over the mesh; the loss of all of them."""
     everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     rule = adamw(Optimiser())
-    placed = lambda tree: jax.tree.map(lambda x: jax.device_put(np.asarray(x), everywhere), tree)
+
+    def put(x: Any, where: NamedSharding) -> Any:
+        return jax.make_array_from_callback(x.shape, where, lambda index: np.asarray(x)[index])
+
+    placed = lambda tree: jax.tree.map(lambda x: put(x, everywhere), tree)
     model = placed(build(task, dtype))
     state = placed(jax.jit(rule.init)(build(task, dtype)))
     loss_of = cross_entropy if way != "shard_map" else averaged(mesh)
     step = jax.jit(partial(update, rule, loss_of=loss_of))
 
     def spread_out(part: np.ndarray) -> Any:
-        part = part.astype(dtype) if part.dtype.kind == "f" else part
-        return jax.make_array_from_callback(part.shape, spread, lambda index: part[index])
+        return put(part.astype(dtype) if part.dtype.kind == "f" else part, spread)
 
     def call(i: int) -> Any:
         nonlocal model, state

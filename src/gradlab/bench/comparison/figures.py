@@ -30,14 +30,14 @@ def draw(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(15, 13), constrained_layout=True)
-    grid = figure.add_gridspec(2, 6, height_ratios=(1, 2.1))
+    figure = plt.figure(figsize=(18, 14), layout="constrained")
+    grid = figure.add_gridspec(2, 6, height_ratios=(1, 2))
     above = [figure.add_subplot(grid[0, i : i + 2]) for i in (0, 2, 4)]
     bars(above[0], record["steps"], "a training step", None)
     bars(above[1], record["latency"], "inference of one example (line: 99th percentile)", "p99")
     lines(above[2], record["batches"])
-    derivatives(figure.add_subplot(grid[1, :3]), record["operations"])
-    forest(figure.add_subplot(grid[1, 3:]), record["claims"])
+    derivatives(figure.add_subplot(grid[1, :2]), record["operations"])
+    forest(figure.add_subplot(grid[1, 2:]), record["claims"])
     names = dict.fromkeys(row["column"] for row in record["steps"])
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
     above[0].legend(handles, names, fontsize=8, ncols=2)

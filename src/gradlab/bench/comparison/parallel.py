@@ -128,7 +128,8 @@ def _first(started: list[subprocess.Popen[str]], way: str) -> dict[str, Any]:
         except subprocess.TimeoutExpired as late:
             raise Lost(f"{way}: process {rank} of {len(started)} gave nothing in {LIMIT_S} s") from late
         if process.returncode:
-            last = error.strip().splitlines()[-1] if error.strip() else "no message"
+            lines = error.strip().splitlines() or ["no message"]
+            last = next((line for line in reversed(lines) if "Error" in line), lines[-1])
             raise Lost(
                 f"{way}: process {rank} of {len(started)} ended with status {process.returncode}: {last}"
             )
