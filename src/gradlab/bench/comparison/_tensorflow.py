@@ -23,9 +23,16 @@ from gradlab.bench.comparison.data import (
     weight,
 )
 
-__all__ = ["Learner", "arrays", "flat", "host", "operation", "predict", "repeated", "synchronise"]
+__all__ = ["Learner", "arrays", "flat", "host", "lacks", "operation", "predict", "repeated", "synchronise"]
 
 Params = dict[str, Any]
+
+
+def lacks(device: str) -> str | None:
+    """Why it cannot run there."""
+    if device == "cuda" and not tf.config.list_physical_devices("GPU"):
+        return "this build of TensorFlow finds no GPU"
+    return None
 
 
 def arrays(tree: Any, dtype: str, device: str = "cpu") -> Any:

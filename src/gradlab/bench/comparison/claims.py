@@ -53,10 +53,9 @@ class Claim:
         try:
             number = self.number(record)
         except Unmeasurable as reason:
-            return {**said, "value": None, "interval": None, "verdict": UNMEASURABLE, "reason": str(reason)}
-        bounds = [number.low, number.high]
-        found = verdict(number, self.threshold, self.above)
-        return {**said, "value": number.value, "interval": bounds, "over": number.over, "verdict": found}
+            nothing = {"value": None, "low": None, "high": None}
+            return {**said, **nothing, "verdict": UNMEASURABLE, "reason": str(reason)}
+        return {**said, **number._asdict(), "verdict": verdict(number, self.threshold, self.above)}
 
 
 def verdict(number: Number, threshold: float, above: bool = True) -> str:

@@ -25,7 +25,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "tensorflow": ("tensorflow", "graph"),
     "tensorflow XLA": ("tensorflow", "compiled"),
 }
-EXTRAS = {"flax": "flax", "tensorflow": "tensorflow"}  # what to install for them: gradlab[...]
+EXTRAS = ("flax", "tensorflow")  # whose own words while they load are left unsaid
 
 
 class Refused(RuntimeError):
@@ -52,9 +52,9 @@ class Hand:
             env={**os.environ, **quiet},
         )
 
-    def here(self) -> bool:
-        """Whether the framework is installed; waits until it is loaded."""
-        return "ready" in self._read()
+    def missing(self) -> str | None:
+        """Why the framework is not here, where it is not; waits until it is loaded."""
+        return self._read().get("missing")
 
     def ask(self, do: str, **asked: Any) -> Any:
         """What the worker answers; raises `Refused` with its error."""
@@ -104,11 +104,11 @@ class Crew:
         self._cache = tempfile.TemporaryDirectory(prefix="comparison")
         hands = {name: Hand(name, preset, device, seed, self._cache.name) for name in frameworks}
         for name, hand in hands.items():  # they load at the same time
-            if hand.here():
-                self.hands[name] = hand
-            else:
+            if why := hand.missing():
                 hand.leave()
-                self.missing[name] = f"not installed: pip install 'gradlab[{EXTRAS.get(name, name)}]'"
+                self.missing[name] = why
+            else:
+                self.hands[name] = hand
         return self
 
     def __exit__(self, *error: Any) -> None:

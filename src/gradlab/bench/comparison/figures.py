@@ -30,14 +30,16 @@ def draw(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(18, 14), layout="constrained")
-    grid = figure.add_gridspec(2, 6, height_ratios=(1, 2))
-    above = [figure.add_subplot(grid[0, i : i + 2]) for i in (0, 2, 4)]
+    figure = plt.figure(figsize=(17, 14), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 2.1))
+    upper, lower = parts
+    above = upper.subplots(1, 3)
+    left, right = lower.subplots(1, 2, width_ratios=(1, 1.1))
     bars(above[0], record["steps"], "a training step", None)
     bars(above[1], record["latency"], "inference of one example (line: 99th percentile)", "p99")
     lines(above[2], record["batches"])
-    derivatives(figure.add_subplot(grid[1, :2]), record["operations"])
-    forest(figure.add_subplot(grid[1, 2:]), record["claims"])
+    derivatives(left, record["operations"])
+    forest(right, record["claims"])
     names = dict.fromkeys(row["column"] for row in record["steps"])
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
     above[0].legend(handles, names, fontsize=8, ncols=2)
@@ -73,6 +75,8 @@ def bars(axis: Any, rows: list[dict[str, Any]], title: str, beyond: str | None) 
 
 def lines(axis: Any, rows: list[dict[str, Any]]) -> None:
     """A step against the batch."""
+    from matplotlib.ticker import LogLocator
+
     for name in dict.fromkeys(row["column"] for row in rows):
         found = [row for row in rows if row["column"] == name]
         sizes, times = [r["batch"] for r in found], [1e3 * r["seconds"]["median"] for r in found]
@@ -80,6 +84,9 @@ def lines(axis: Any, rows: list[dict[str, Any]]) -> None:
     sizes = sorted({row["batch"] for row in rows})
     axis.set_xticks(sizes, map(str, sizes))
     axis.minorticks_off()
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:g}")
     axis.set_xlabel("examples")
     axis.set_ylabel("ms")
     axis.set_title("a training step of the MLP", fontsize=10)
@@ -115,7 +122,7 @@ def derivatives(axis: Any, rows: list[dict[str, Any]]) -> None:
         axis.plot([], [], "o", color=SIDES[framework], label=framework)
     for way in dict.fromkeys(row["way"] for row in rows):
         axis.plot([], [], MARKS.get(way, "o"), color="0.4", mfc="0.4", label=way)
-    axis.legend(fontsize=8, loc="lower right", ncols=2)
+    axis.legend(fontsize=8, loc="upper right", ncols=2)
 
 
 def forest(axis: Any, rows: list[dict[str, Any]]) -> None:
@@ -125,7 +132,7 @@ def forest(axis: Any, rows: list[dict[str, Any]]) -> None:
             axis.annotate(UNMEASURABLE, (1, i), fontsize=7, va="center", ha="center", color="0.5")
             continue
         unit = float(row["holds"].split()[-1]) or 1.0
-        middle, low, high = (max(abs(v) / unit, 1e-4) for v in (row["value"], *row["interval"]))
+        middle, low, high = (max(abs(v) / unit, 1e-4) for v in (row["value"], row["low"], row["high"]))
         colour = VERDICTS[row["verdict"]]
         axis.plot([max(low, 1e-3), min(high, 1e3)], [i, i], color=colour, lw=2)
         axis.plot(min(max(middle, 1e-3), 1e3), i, "o", color=colour, ms=5)
@@ -133,10 +140,10 @@ def forest(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_xscale("log")
     axis.set_xlim(0.8e-3, 1.25e3)
     axis.set_yticks(range(len(rows)), [row["claim"] for row in rows], fontsize=7.5)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel("number ÷ threshold (ends: beyond)")
     axis.set_title("what people say, on this machine", fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     for name, colour in VERDICTS.items():
         axis.plot([], [], "o-", color=colour, label=name)
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, loc="upper right")

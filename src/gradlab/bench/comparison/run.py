@@ -31,7 +31,12 @@ def compare(
     count = options["rounds"]
     with Crew(frameworks, preset, device, seed) as crew:
         base = next(name for name in BASES if name in crew.columns())
-        config = {"framework": list(crew.hands), "preset": preset, "device": device}
+        compared = [name for name in ("jax", "torch") if name in crew.hands]
+        config = {
+            "framework": "both" if len(compared) > 1 else compared[0],
+            "preset": preset,
+            "device": device,
+        }
         agreed = training.agreement(crew, preset, say)
         learned, apart = training.training(crew, preset, dtype, say)
         record: dict[str, Any] = {

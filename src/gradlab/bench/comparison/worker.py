@@ -150,8 +150,11 @@ def main() -> None:
     say = lambda reply: print(json.dumps(reply), file=replies, flush=True)
     try:
         worker = Worker(framework, preset, device, int(seed))
-    except ModuleNotFoundError as error:
-        say({"missing": error.name})
+    except ModuleNotFoundError:
+        say({"missing": f"not installed: pip install 'gradlab[{framework}]'"})
+        return
+    if why := getattr(worker.side, "lacks", lambda device: None)(device):
+        say({"missing": why})
         return
     say({"ready": True})
     for line in sys.stdin:
