@@ -235,8 +235,8 @@ def _rotation(rotation: Any) -> Any:
 
 def value_and_gradient(f: Callable[..., Any], x: Any, *args: Any, mode: str) -> Any:
     """Of a function of a few variables: forward (f) along each of them, or in reverse (r)."""
-    J = gl.jacobian_operator(lambda x: (f(x, *args),) * 2, x, has_aux=True)
-    return J.aux, J.T @ jnp.ones(()) if mode == "r" else jnp.stack([J @ e for e in jnp.eye(len(x))])
+    modes = {"f": "forward", "r": "reverse"}
+    return gl.jacobian(lambda x: (f(x, *args),) * 2, x, has_aux=True, mode=modes[mode])[::-1]
 
 
 def descend(f: Callable[[Any], Any], x: Any) -> Any:
