@@ -235,7 +235,7 @@ def _rotation(rotation: Any) -> Any:
 
 def value_and_gradient(f: Callable[..., Any], x: Any, *args: Any, mode: str) -> Any:
     """Of a function of a few variables: forward (f) along each of them, or in reverse (r)."""
-    modes = {"f": "forward", "r": "reverse"}
+    modes: dict[str, Any] = {"f": "forward", "r": "reverse"}
     return gl.jacobian(lambda x: (f(x, *args),) * 2, x, has_aux=True, mode=modes[mode])[::-1]
 
 

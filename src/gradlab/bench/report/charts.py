@@ -11,8 +11,8 @@ from html import escape
 
 from gradlab.bench.profiling import si
 
-WIDTH, HEIGHT = 440, 260
-LEFT, RIGHT, TOP, BOTTOM = 54, 118, 12, 40
+WIDTH, HEIGHT = 460, 260
+LEFT, RIGHT, TOP, BOTTOM = 54, 142, 12, 40
 APART = 13  # between two names
 LETTER = 6.0  # a letter's width
 EVEN = 1.05  # a ratio whose bounds leave these out is coloured
@@ -133,7 +133,7 @@ def pairs(
         drawn.append(f'<text class="tick" x="{at}" y="{height - 6}" text-anchor="middle">{unit(tick)}</text>')
     for i, (label, values) in enumerate(rows):
         y = top + step * i + 27
-        drawn.append(f'<text class="label" x="2" y="{y - 13}">{escape(shortened(label, 62))}</text>')
+        drawn.append(f'<text class="label" x="2" y="{y - 13}">{escape(shortened(label, 64))}</text>')
         ordered = sorted(values, key=lambda name: values[name])
         places = {name: scale(values[name]) for name in ordered}
         first, last = ordered[0], ordered[-1]
@@ -151,11 +151,12 @@ def pairs(
     return _svg(WIDTH, height, drawn, title)
 
 
-def interval(low: float, middle: float, high: float) -> str:
+def interval(low: float, middle: float, high: float, less_is_better: bool) -> str:
     """A ratio with its bounds on a scale from a half to two; the mark in the middle is one."""
     width, height = 72, 14
     place = lambda value: 2 + (width - 4) * (math.log2(min(max(value, 0.5), 2.0)) + 1) / 2
     better = "better" if high < 1 / EVEN else "worse" if low > EVEN else "even"
+    better = better if less_is_better else "even"
     clipped = "" if 0.5 <= middle <= 2 else " clipped"
     drawn = [
         f'<line class="one" x1="{place(1)}" x2="{place(1)}" y1="1" y2="{height - 1}"/>',

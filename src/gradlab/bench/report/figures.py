@@ -19,6 +19,7 @@ MEASURES = {
 }
 MOST = 18  # charts of one experiment
 MOST_SERIES = 9
+TELLING = 1e-4  # errors below are rounding
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ def figures(found: Sequence[Line], framework: str) -> list[Figure]:
     measures = [m for m in MEASURES if any(_value(line.measures.get(m)) for line in found)]
     if "gradients" in measures:
         measures = [m for m in measures if not is_speed(m) or m == "gradients"]
+    if not any((_value(line.measures.get("error")) or 0) > TELLING for line in found):
+        measures = [m for m in measures if m != "error"]
     names = _all_series(found)
     for panel, lines in _panels(found):
         x = _varied(lines)
@@ -56,7 +59,8 @@ def _panels(found: Sequence[Line]) -> Iterator[tuple[tuple[str, ...], list[Line]
     words = [
         key
         for key in dict.fromkeys(k for line in found for k in line.keys)
-        if key != "verdict" and any(isinstance(line.keys.get(key), str) for line in found)
+        if key not in ("verdict", "best_by_hand")
+        and any(isinstance(line.keys.get(key), str) for line in found)
     ]
     panels: dict[tuple[str, ...], list[Line]] = {}
     for line in found:

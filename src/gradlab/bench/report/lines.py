@@ -34,6 +34,7 @@ class Cell:
         mark: "right", "wrong", "skipped" or "": how it is coloured.
         span: Low, middle, high of a ratio, drawn beside it.
         under: More of it, in small letters below.
+        less_is_better: Whether that ratio is coloured, green below one.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Cell:
     mark: str = ""
     span: tuple[float, float, float] | None = None
     under: str = ""
+    less_is_better: bool = False
 
     @property
     def whole(self) -> str:

@@ -101,7 +101,7 @@ def against_hand(found: Sequence[Case]) -> Table:
                 check(row, ours),
                 speed("median_s", ours, fast),
                 replace(speed("median_s", hand, theirs), under=best),
-                span(*case.ratio) if case.ratio else Cell(NONE),
+                replace(span(*case.ratio), less_is_better=True) if case.ratio else Cell(NONE),
                 speed("gradients", ours, fast),
                 speed("first_s", ours, fast),
             ]

@@ -58,7 +58,9 @@ def html(machines: Table, tiles: list[Tile], sections: list[Section], faults: li
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals["spark"] = lambda cell: Markup(charts.interval(*cell.span))
+    templates.globals["spark"] = lambda cell: Markup(
+        charts.interval(cell.span[0], cell.span[1], cell.span[2], cell.less_is_better)
+    )
     templates.filters["drawn"] = lambda figure: Markup(figure.svg)
     templates.tests["table"] = lambda block: isinstance(block, Table)
     templates.tests["image"] = lambda block: isinstance(block, Image)
