@@ -99,6 +99,9 @@ def gradient_of(f: Function) -> Callable[[Leaves], tuple[Leaves, Any]]:
 
 
 BATCHED_ELEMENTS = 2**29  # 2 GiB in float32
+# What a processor's cache keeps from one product to the next, so that a loop over directions does not read it again from
+# memory; `experiments/hvp_scaling.py --preset paper` (results/hvp_scaling.jsonl): below, loops are up to 2.4 times faster.
+CACHED_ELEMENTS = 2**22
 
 
 class Chunk(NamedTuple):
@@ -116,11 +119,12 @@ def pushes(chunk_size: int | None) -> Chunk:
 def second_order(chunk_size: int | None, line: Linearised, n: int, k: int) -> Chunk:
     """k products with the Hessian of n entries that was linearised as `line`.
 
-    Compiled for a CPU, batched where the parameters are a small part of what the linearisation keeps, and
-    a batch of that fits; else one after the other: a tangent of every weight matrix does not fit a cache.
+    Compiled for a CPU, batched where what the linearisation keeps does not fit a cache, so that every product of a
+    loop reads it anew, where the parameters are a small part of it, and where a batch of it fits the memory; else
+    one after the other.
     """
     batched = jax.default_backend() != "cpu" or (
-        5 * n < line.kept and min(k, DIRECTIONS) * line.kept < BATCHED_ELEMENTS
+        max(CACHED_ELEMENTS, 5 * n) < line.kept and min(k, DIRECTIONS) * line.kept < BATCHED_ELEMENTS
     )
     return Chunk(chunk_size or (DIRECTIONS if batched else 1), chunk_size or DIRECTIONS)
 
