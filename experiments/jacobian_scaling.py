@@ -34,13 +34,13 @@ HIDDEN = 128
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"fixed": (128,), "sizes": (32, 128, 512), "chunks": (16, 256), "square": 512},
     "paper": {
-        "fixed": (64, 512),
+        "fixed": (256,),
         "sizes": (16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
         "chunks": (1, 16, 64, 256, 1024, 4096),
         "square": 2048,
     },
 }
-OPTIONS = {"smoke": {"repeats": 12, "budget": 0.6}, "paper": {"repeats": 30, "budget": 2.0}}
+OPTIONS = {"smoke": {"repeats": 12, "budget": 0.6}, "paper": {"repeats": 30, "budget": 1.5}}
 
 
 class Setup:
