@@ -89,6 +89,26 @@ def test_the_clock_interleaves_and_rotates():
     assert clock.order[4:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
 
 
+def test_a_unit_is_timed_warm():
+    clock, last = FakeClock(), [""]
+
+    def call(name, seconds):
+        def run():
+            clock.time += seconds if last[0] == name else 10 * seconds  # after the other one it is cold
+            last[0] = name
+
+        return run
+
+    timings = interleave(
+        {"unit": call("unit", 1.0), "a": call("a", 2.0)},
+        synchronise=lambda r: r,
+        repeats=4,
+        warm="unit",
+        now=clock.now,
+    )
+    assert timings["unit"].best_s == timings["unit"].median_s == 1.0
+
+
 def test_the_clock_keeps_to_its_budget():
     clock = FakeClock()
     calls = {"a": clock.call("a", 1.0)}

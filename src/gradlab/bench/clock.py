@@ -39,6 +39,7 @@ def interleave(
     synchronise: Callable[[Any], Any],
     repeats: int = 20,
     warmup: int = 2,
+    warm: str = "",
     budget_s: float | None = None,
     settled: Callable[[Mapping[str, list[float]]], bool] | None = None,
     now: Callable[[], float] = time.perf_counter,
@@ -50,6 +51,8 @@ def interleave(
         synchronise: waits for a result to be there (jax.block_until_ready, torch.cuda.synchronize).
         repeats: rounds; fewer if the budget ends, at least three.
         warmup: calls of each before the rounds, after the first.
+        warm: the name that is called once before each of its samples: a short unit beside calls that leave nothing of
+            it in the cache.
         budget_s: seconds for the rounds of all variants together.
         settled: asked after 10, 20, 40, ... rounds with all samples so far; the rounds end when it says so.
         now: the clock, in seconds.
@@ -73,6 +76,8 @@ def interleave(
     names, began, asked = list(calls), now(), 10
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if name == warm:
+                synchronise(calls[name]())
             samples[name].append(seconds(calls[name], inner[name]))
         if budget_s is not None and turn >= 2 and now() - began > budget_s:
             break

@@ -113,7 +113,11 @@ def measure(case: Case, synchronise: Callable[[Any], Any], repeats: int, budget:
     errors = {name: _error(call, expected) for name, call in variants.items()}
     right = {name: call for name, call in variants.items() if errors[name] <= TOLERANCE}
     timings = interleave(
-        {"gradient": case.unit, **right}, synchronise=synchronise, repeats=repeats, budget_s=budget
+        {"gradient": case.unit, **right},
+        synchronise=synchronise,
+        repeats=repeats,
+        budget_s=budget,
+        warm="gradient",
     )
     rivals = {name: timings[name] for name in right if name != "gradlab" and name not in case.unsafe}
     best = min(rivals, key=lambda name: rivals[name].median_s)

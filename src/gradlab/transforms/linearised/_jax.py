@@ -99,8 +99,8 @@ def gradient_of(f: Function) -> Callable[[Leaves], tuple[Leaves, Any]]:
 
 
 BATCHED_ELEMENTS = 2**29  # 2 GiB in float32
-# What a processor's cache keeps from one product to the next, so that a loop over directions does not read it from memory
-# again: below, loops are up to 2.4 times as fast (`experiments/hvp_scaling.py --preset paper`, results/hvp_scaling.jsonl).
+# What a processor's cache keeps from one product to the next, so that a loop over directions does not read it from
+# memory again: below, loops are up to 2.4 times as fast (experiments/hvp_scaling.py, results/hvp_scaling.jsonl).
 CACHED_ELEMENTS = 2**22
 
 
