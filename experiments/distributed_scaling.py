@@ -5,10 +5,10 @@
 Hessian-vector products and clipped sums of gradients of a network 64-128-128-10 on scikit-learn's digits, by
 `gradlab.distributed` over 1, 2 and 4 processes of one thread each (torchrun with gloo; jax.distributed with gloo): of
 one batch that is split (strong scaling) and of a batch for each process (weak), beside the same operation on the
-process's own shard alone, in turn. Expected: the sharding adds milliseconds a call (5 in torch, 10 in
-jax) as long as there is a core for each process; beyond that, processes share cores, and what is split gains nothing. Aborts where the sharded
-result differs from that of the whole batch by more than 1e-12 in float64 (1e-6 in float32). One line a framework in
-results/distributed_scaling.jsonl, a table, a figure.
+process's own shard alone, in turn. Expected: the sharding adds milliseconds a call (5 in torch, 10 in jax) as long as
+there is a core for each process; beyond that, processes share cores, and what is split gains nothing. Aborts where the
+sharded result differs from that of the whole batch by more than 1e-12 in float64 (1e-6 in float32). One line a
+framework in results/distributed_scaling.jsonl, a table, a figure.
 """
 
 from __future__ import annotations
