@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils import _pytree as pytree
 
 from gradlab._errors import StrategyError
 from gradlab.transforms.odes._torch_stages import Field, Single, combined, weights
@@ -105,17 +106,14 @@ class Trace:
         self.latest: Any = None  # a graph and its program
         self.found: Any = None
 
-        def slope(f: Any, t: Any, y: Any, shapes: Any, put: Any, args: Any) -> Any:
-            if shapes is None:
-                state = y.view(put)
-            else:
-                sizes = [s.numel() for s in shapes]
-                parts = torch.split(y, sizes)
-                state = torch.utils._pytree.tree_unflatten(
-                    [part.view(s) for part, s in zip(parts, shapes, strict=True)], put
-                )
-            out = f(t, state, *args)
-            leaves = [out] if shapes is None else torch.utils._pytree.tree_leaves(out)
+        def slope(f: Any, t: Any, y: Any, form: Any, args: Any) -> Any:
+            spec, sizes, shapes, kinds = form
+            parts = [
+                x.view(shape).to(kind)
+                for x, shape, kind in zip(torch.split(y, sizes), shapes, kinds, strict=True)
+            ]
+            out = f(t, parts[0] if spec is None else pytree.tree_unflatten(parts, spec), *args)
+            leaves = [out] if spec is None else pytree.tree_leaves(out)
             return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
         slope.__code__ = slope.__code__.replace()  # with a cache of graphs of its own
@@ -133,9 +131,10 @@ class Trace:
     def __call__(self, equation: Any, t: Any, y: Any, args: Any) -> tuple[Program, list[Any]]:
         tree = equation.tree
         t, y = t.detach().clone(), y.detach().view(-1)
-        shapes, put = (None, equation.shape) if equation.bare else (tuple(tree.shapes), tree.spec)
+        spec = None if equation.bare else pytree.tree_structure(tree.put(tree.leaves))
+        form = spec, tree.sizes, tree.shapes, [x.dtype for x in tree.leaves]
         with torch.no_grad(), trouble():
-            self.traced(equation.f, t, y, shapes, put, args)
+            self.traced(equation.f, t, y, form, args)
             graph, given = self.found
         self.found = None
         others = [x for x in given if x is not t and x is not y]
