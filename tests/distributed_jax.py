@@ -117,9 +117,13 @@ def refusals(loss, params, v, own):
     f = mean(loss)
     call = lambda *args, **kw: lambda: distributed.hvp(f, *args, **kw)
     if DEVICES > 1:
-        yield "divisible", call(params, v, *(x[:-1] for x in own)), "for 2 devices; pass a multiple of 2"
+        yield (
+            "divisible",
+            call(params, v, *(x[:-1] for x in own)),
+            f"for {jax.device_count()} devices; pass a multiple",
+        )
     if PROCESSES > 1:
-        other = {**params, "w": params["w"][: 3 - RANK]} if RANK else params
+        other = {**params, "w": params["w"][:2]} if RANK else params
         yield "shapes", call(other, other, *own), "disagree"
         yield "numbers", call({**params, "w": params["w"] + RANK * 1e-7}, v, *own), "disagree"
         yield "sizes", call(params, v, *(x[: len(x) - RANK] for x in own)), "disagree"

@@ -104,11 +104,11 @@ def refusals(rank, own, params, v, loss):
     """What is refused, with words of the message."""
     f = mean(loss)
     call = lambda *args, **kw: lambda: distributed.hvp(f, *args, **kw)
-    other = {**params, "w": params["w"][: 3 - rank]} if rank else params
+    other = {**params, "w": params["w"][:2]} if rank else params
     yield "shapes", call(other, other, *own), InputError, "disagree"
     moved = {**params, "w": params["w"] + rank * 1e-7}
     yield "numbers", call(moved, v, *own), InputError, "other numbers"
-    yield "empty", call(params, v, *(x[: len(x) * (1 - rank)] for x in own)), InputError, "process 1 of"
+    yield "empty", call(params, v, *(x[: len(x) * (rank != 1)] for x in own)), InputError, "process 1 of"
     yield "sizes", call(params, v, own[0], own[1][:1]), InputError, "leading axes"
     yield "over", call(params, v, *own, over=3), InputError, "pass a process group"
     yield "timeout", call(params, v, *own, timeout=float("nan")), InputError, "seconds above zero"

@@ -62,11 +62,6 @@ def sharded(
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, ARRAYS)]
     specs = [P(axes) if split[i] else P() for i in places]
     arrays, examples = placed(op, timeout, mesh, [leaves[i] for i in places], [split[i] for i in places])
-    if examples % mesh.size or not examples:
-        raise InputError(
-            f"distributed.{op}: the batch has {examples} examples for {mesh.size} devices; pass a multiple of "
-            f"{mesh.size}, at least one for each device"
-        )
     part = Part(axes, examples // mesh.size, examples)
 
     def of_shard(*arrays: Any) -> Any:
@@ -111,6 +106,11 @@ def placed(
                 f"distributed.{op}: some arrays of the batch are of this process alone, others global; pass one kind"
             )
 
+    if examples % mesh.size or not examples:
+        raise InputError(
+            f"distributed.{op}: the batch has {examples} examples for {mesh.size} devices; pass a multiple of "
+            f"{mesh.size}, at least one for each device"
+        )
     tracing = any(map(traced, arrays)) or not trace_state_clean()
     if tracing and len(processes) > 1 and any(own(x) for x, each in zip(arrays, split, strict=True) if each):
         raise InputError(
