@@ -44,8 +44,10 @@ def leaves(tree):
 
 
 def apart(found, truth):
+    """In units of the largest entry of the tree, since what cancels has the rounding of what it is made of."""
     pairs = list(zip(leaves(found), leaves(truth), strict=True))
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
+    size = max(float(b.abs().max()) for _, b in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) / max(size, 1e-30)
 
 
 def operations(loss, params, v, data, own):
@@ -62,7 +64,8 @@ def operations(loss, params, v, data, own):
         distributed.ggn_vp(model, squared, params, v, *own),
         gl.ggn_vp(lambda p: model(p, data[0]), lambda y: squared(y, *data), params, v),
     )
-    yield "per_example_statistics", *of("per_example_statistics", loss, params)
+    for found, truth in zip(*of("per_example_statistics", loss, params), strict=True):
+        yield "per_example_statistics", found, truth
     yield "gradient_noise_scale", *of("gradient_noise_scale", loss, params)
     sharded, whole = of("clipped_grad", loss, params, **options)
     yield "clipped_grad", sharded[0], whole[0]
