@@ -7,7 +7,7 @@ import jax
 
 from gradlab._errors import InputError
 from gradlab.transforms.jacobians import Mode
-from gradlab.transforms.jacobians.modes import one_of
+from gradlab.transforms.jacobians.modes import FORWARD_UP_TO, FORWARD_UP_TO_LOOPED, one_of
 from gradlab.transforms.linearised._jax import (
     in_chunks,
     is_traced,
@@ -49,7 +49,9 @@ def jacobian(
     def reverse() -> Any:
         return nested(y, tree, over_basis(y.size, lambda i: line.pull(y.unit(i)), pulled, traced))
 
-    J = one_of(forward, reverse, mode, tree.size < y.size, ValueError)  # no reverse mode of a while_loop
+    most = FORWARD_UP_TO_LOOPED if pulled.eager is None else FORWARD_UP_TO
+    wide = tree.size < most * y.size
+    J = one_of(forward, reverse, mode, wide, ValueError)  # no reverse mode of a while_loop
     return (J, line.aux) if has_aux else J
 
 

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from gradlab._errors import InputError
 from gradlab.transforms.jacobians import Mode
-from gradlab.transforms.jacobians.modes import one_of
+from gradlab.transforms.jacobians.modes import FORWARD_UP_TO, one_of
 from gradlab.transforms.linearised._torch import in_chunks, linearise, over_basis, pushforward
 from gradlab.transforms.operators import DIRECTIONS, PUSHES, LinearOperator, check_chunk_size, check_fits
 from gradlab.transforms.trees._torch import Tree, nested, nested_columns, tree_function
@@ -38,7 +38,7 @@ def jacobian(
         rows = [part for _, part in over_basis(y, tree, line.pull, chunk_size or DIRECTIONS)]
         return nested(y, tree, [tree.stack(leaf) for leaf in zip(*rows, strict=True)])
 
-    J = one_of(forward, reverse, mode, tree.size < y.size, NotImplementedError)
+    J = one_of(forward, reverse, mode, tree.size < FORWARD_UP_TO * y.size, NotImplementedError)
     return (J, line.aux) if has_aux else J
 
 

@@ -8,6 +8,11 @@ from typing import Any
 from gradlab.transforms.jacobians import Mode
 
 
+# Inputs an output up to which forward mode is the faster: where both modes run many products at once, and where reverse
+# mode runs one at a time (`experiments/jacobian_scaling.py --preset paper`, results/jacobian_scaling.jsonl).
+FORWARD_UP_TO, FORWARD_UP_TO_LOOPED = 1.0, 2.9
+
+
 def one_of(
     forward: Callable[[], Any], reverse: Callable[[], Any], mode: Mode, wide: bool, missing: type[Exception]
 ) -> Any:
