@@ -3,10 +3,10 @@
     python experiments/jacobian_scaling.py --framework both --preset smoke|paper --device cpu --out results
 
 y = B tanh(C tanh(A x)) with n inputs and m outputs. Expected: a product costs about the same in either mode, so that
-forward wins below about `FORWARD_UP_TO` m inputs (`transforms/jacobians/modes.py`), or `FORWARD_UP_TO_LOOPED` in jax on a
-CPU, where reverse is never batched: the crossovers that the record gives; products in chunks of `PUSHES` and `DIRECTIONS` (`transforms/operators`) are within a tenth of the
-best. Aborts where a Jacobian is not that of extrapolated differences in float64. One line a framework in
-results/jacobian_scaling.jsonl, a table, a figure.
+forward wins below about `FORWARD_UP_TO` m inputs (`transforms/jacobians/modes.py`), or `FORWARD_UP_TO_LOOPED` m in jax
+on a CPU, where reverse is never batched: the crossovers that the record gives; products in chunks of `PUSHES` and
+`DIRECTIONS` (`transforms/operators`) are within a tenth of the best. Aborts where a Jacobian is not that of
+extrapolated differences in float64. One line a framework in results/jacobian_scaling.jsonl, a table, a figure.
 """
 
 from __future__ import annotations

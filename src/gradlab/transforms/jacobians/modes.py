@@ -7,9 +7,8 @@ from typing import Any
 
 from gradlab.transforms.jacobians import Mode
 
-
 # Inputs an output up to which forward mode is the faster: where both modes run many products at once, and where reverse
-# mode runs one at a time (`experiments/jacobian_scaling.py --preset paper`, results/jacobian_scaling.jsonl).
+# mode runs one at a time (experiments/jacobian_scaling.py, results/jacobian_scaling.jsonl).
 FORWARD_UP_TO, FORWARD_UP_TO_LOOPED = 1.0, 2.9
 
 
