@@ -13,7 +13,10 @@ ABSENT = "not available"
 
 def tables(record: dict[str, Any]) -> list[Table]:
     """Every table of a record."""
-    return [make(record) for make in (claims, agreement, training, latency, batches, operations, parallel)]
+    return [
+        make(record)
+        for make in (claims, agreement, training, latency, batches, operations, resident, parallel)
+    ]
 
 
 def claims(record: dict[str, Any]) -> Table:
@@ -115,6 +118,12 @@ def operations(record: dict[str, Any]) -> Table:
         "memory",
     )
     return "Derivatives", heads, rows
+
+
+def resident(record: dict[str, Any]) -> Table:
+    """What the processes held, the framework itself and its compiler included."""
+    rows = [(name, si(count, "B")) for name, count in record["resident"].items()]
+    return "Most resident memory of a whole process, before the derivatives", ("framework", "memory"), rows
 
 
 def parallel(record: dict[str, Any]) -> Table:
