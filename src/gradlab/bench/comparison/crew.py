@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,7 @@ class Hand:
 
 
 class Crew:
-    """The workers of some frameworks, as a context; `missing` says which are not installed."""
+    """The workers of some frameworks, as a context; `missing` says which, or which columns, are not there and why."""
 
     def __init__(self, frameworks: tuple[str, ...], preset: str, device: str, seed: int):
         self._asked = (frameworks, preset, device, seed)
@@ -109,6 +110,8 @@ class Crew:
                 self.missing[name] = why
             else:
                 self.hands[name] = hand
+        if "torch" in self.hands and device == "cpu" and shutil.which("g++") is None:
+            self.missing["torch compile"] = "no C++ compiler: install g++"
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -120,7 +123,11 @@ class Crew:
 
     def columns(self) -> dict[str, tuple[Hand, str]]:
         """Worker and mode of every column that there is."""
-        return {n: (self.hands[f], mode) for n, (f, mode) in COLUMNS.items() if f in self.hands}
+        return {
+            n: (self.hands[f], mode)
+            for n, (f, mode) in COLUMNS.items()
+            if f in self.hands and n not in self.missing
+        }
 
     def scratch(self, name: str) -> str:
         """A path for a file between processes."""

@@ -37,13 +37,15 @@ def compare(
             "preset": preset,
             "device": device,
         }
+        of = crew.missing
+        absent = {n: of.get(n) or of[f] for n, (f, _) in COLUMNS.items() if n in of or f in of}
         agreed = training.agreement(crew, preset, say)
         learned, apart = training.training(crew, preset, dtype, say)
         record: dict[str, Any] = {
             "experiment": "framework_comparison",
             "config": {**config, "dtype": dtype, "seed": seed},
             "environment": described(),
-            "missing": {n: crew.missing[f] for n, (f, _) in COLUMNS.items() if f in crew.missing},
+            "missing": absent,
             "base": base,
             "agreement": agreed + apart,
             "training": learned,
