@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "orders": (1, 2, 3),
     },
     "paper": {
-        "decades": (2, 3, 4, 5, 6, 7),
+        "decades": (2, 3, 4, 5, 6, 7, 8),
         "directions": (1, 2, 4, 8, 16, 32, 64, 128, 256),
         "batches": (8, 16, 32, 64, 128, 256, 512, 1024, 2048),
         "orders": (1, 2, 3, 4),
@@ -178,7 +178,6 @@ def nested(framework: str, s: Setup, order: int) -> Case:
 def cells(framework: str, preset: str, device: str, dtype: str) -> Iterator[tuple[dict[str, Any], Cell]]:
     """The keys of a row, and how it is measured."""
     chosen = PRESETS[preset]
-    decades = chosen["decades"] + ((8,) if preset == "paper" and device != "cpu" else ())
     mode = "compiled" if framework == "jax" else "eager"
 
     def cell(
@@ -189,7 +188,7 @@ def cells(framework: str, preset: str, device: str, dtype: str) -> Iterator[tupl
         row = {"axis": axis, "parameters": n, "batch": batch, "directions": k, "order": 2, **keys}
         return row, Cell(axis, str(row[axis]), mode, setup)
 
-    for decade in decades:
+    for decade in chosen["decades"]:
         yield cell("parameters", partial(product, framework, mode=mode), 10**decade)
         if framework == "torch" and decade in COMPILED[preset]:
             yield cell("parameters", partial(product, framework, mode="compiled"), 10**decade, "compiled")
