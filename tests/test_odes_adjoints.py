@@ -110,3 +110,15 @@ def test_implicit_steps(framework, adjoint, method):
         x = xs[0].requires_grad_()
         loss(x, adjoint).backward()
         assert np.allclose(x.grad.numpy(), found[0], rtol=1e-6)
+
+
+def test_fixed_steps_of_jax_hold_no_room_for_more():
+    """The cotangent of 20 steps, with room for 4096 by default, plans the memory of tens."""
+    fw = load("jax")
+    gradient = lambda **options: fw.grad(
+        lambda y: fw.gl.odeint(lambda t, y: -y, y, np.array([0.0, 1.0]), method="rk4", **options).ys[-1].sum()
+    )
+    y = fw.array(np.ones(64))
+    planned = fw.compile(gradient(step_size=0.05)).lower(y).compile().memory_analysis().temp_size_in_bytes
+    assert planned < 100 * 8 * y.nbytes
+    assert np.allclose(fw.numpy(gradient(step_size=0.05)(y)), np.exp(-1), rtol=1e-6)

@@ -61,7 +61,8 @@ def odeint(
             direction, a cotangent's in those of the largest cotangent.
         step_size: The size of every step, in units of t; None: chosen by the tolerances.
         max_steps: The most steps, rejected ones too. None: 4096 in jax, where the backward solution holds
-            memory for all of them, and 100,000 in torch.
+            memory for all of them, and fills it (pass as few as do where y is large; fixed steps at times that are
+            known take no more than they need), and 100,000 in torch.
         throw: Whether a solution that does not reach the last time raises; else it is not-a-number from there on, and
             its status says why.
         gradient_error: Whether to estimate the error of the derivatives: the cotangent by this adjoint against the

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +40,7 @@ def odeint(
     options = Options(method, adjoint, rtol, atol, step_size, 4096 if max_steps is None else max_steps, throw)
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
-    ts = times(ts)
+    options, ts = with_room(options, ts), times(ts)
     args = jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "__array__") else x, args)
     t, y = ts[0], tree.put(tree.leaves)
     refuse_unlike(tree, jax.eval_shape(lambda: f(t, y, *args)))
@@ -63,6 +64,20 @@ def odeint(
     ys, status = finished(options, ys, status, reached)
     off = disagreement(by, problem, ts, tree.leaves, params, arrays) if gradient_error else None
     return Solution(tree.put(ys), counts, status, off, event_time)
+
+
+def with_room(options: Options, ts: Any) -> Options:
+    """No room for more fixed steps than known times take, to a power of two; adaptive ones keep max_steps."""
+    known = (
+        not any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(ts))
+        and np.ndim(ts) == 1
+        and len(ts) > 1
+    )
+    if options.step_size is None or not known:
+        return options
+    steps = abs(float(ts[-1] - ts[0])) / options.step_size + len(ts) + 1  # one cut short before each time
+    room = 2 ** math.ceil(math.log2(steps)) if math.isfinite(steps) else options.max_steps
+    return replace(options, max_steps=min(options.max_steps, room))
 
 
 def times(ts: Any) -> Any:
