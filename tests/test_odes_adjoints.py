@@ -112,6 +112,33 @@ def test_implicit_steps(framework, adjoint, method):
         assert np.allclose(x.grad.numpy(), found[0], rtol=1e-6)
 
 
+def turned(fw, ts, w, **options):
+    """Points that turn with angular velocity w."""
+    f = lambda t, y, w: fw.xp.stack([w * y[1], -w * y[0]])
+    return fw.gl.odeint(f, fw.array([1.0, 0.5]), ts, w, rtol=1e-8, atol=1e-10, **options).ys
+
+
+@pytest.mark.parametrize("ts", [[0.0, 7.0, 8.0, 30.0], [0.0, -20.0]], ids=["forwards", "backwards"])
+def test_more_steps_than_a_segment_of_jax(ts):
+    """The gradient of hundreds of steps, of which 64 are in memory at a time; each example has its own."""
+    fw = load("jax")
+    ts, w = fw.array(ts), np.array([0.1, 3.0])
+    loss = lambda w: turned(fw, ts, w)[1:, 0].sum()
+    found = fw.numpy(fw.compile(fw.vmap(fw.grad(loss)))(fw.array(w)))
+    angle = np.outer(w, ts[1:])
+    expected = (fw.numpy(ts)[1:] * (0.5 * np.cos(angle) - np.sin(angle))).sum(1)
+    assert np.allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_solve_of_jax_holds_no_room_for_all_its_steps():
+    """Of a cotangent, which has room for 4096 steps of 9 states by default, the memory that is planned."""
+    fw = load("jax")
+    y = fw.array(np.ones(256))
+    gradient = fw.grad(lambda y: fw.gl.odeint(lambda t, y: -y, y, fw.array([0.0, 1.0])).ys[-1].sum())
+    planned = fw.compile(gradient).lower(y).compile().memory_analysis().temp_size_in_bytes
+    assert planned < 1500 * y.nbytes
+
+
 def test_fixed_steps_of_jax_hold_no_room_for_more():
     """The cotangent of 20 steps, with room for 4096 by default, plans the memory of tens."""
     fw = load("jax")

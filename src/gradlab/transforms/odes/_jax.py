@@ -40,7 +40,7 @@ def odeint(
     options = Options(method, adjoint, rtol, atol, step_size, 4096 if max_steps is None else max_steps, throw)
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
-    options, ts = with_room(options, ts), times(ts)
+    ts = times(ts)
     args = jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "__array__") else x, args)
     t, y = ts[0], tree.put(tree.leaves)
     refuse_unlike(tree, jax.eval_shape(lambda: f(t, y, *args)))

@@ -43,19 +43,22 @@ class Path(eqx.Module):
 
     pieces: tuple[dfx.DenseInterpolation, ...]
     until: Any
+    up: Any  # 1, or -1 where time falls: a piece without a step does not tell
 
     def evaluate(self, t: Any) -> Any:
         """The state at a time."""
         first, *second = (within(piece, t) for piece in self.pieces)
         if not second:
             return first
-        early = (t - self.until) * self.pieces[0].direction <= 0
-        return jax.tree.map(lambda a, b: jnp.where(early, a, b), first, second[0])
+        late = self.stiff(t)
+        return jax.tree.map(lambda a, b: jnp.where(late, b, a), first, second[0])
 
     def stiff(self, t: Any) -> Any:
-        """Whether it is the second that holds at a time."""
-        late = (t - self.until) * self.pieces[0].direction > 0
-        return late if len(self.pieces) > 1 else False
+        """Whether it is the second that holds at a time: where the first took no step, it always is."""
+        if len(self.pieces) == 1:
+            return False
+        first, second = (piece.ts_size > 1 for piece in self.pieces)
+        return ~first | (second & ((t - self.until) * self.up > 0))
 
 
 def within(piece: dfx.DenseInterpolation, t: Any) -> Any:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gradlab.transforms.odes._jax_pairs import paired
+from gradlab.transforms.odes._jax_segments import in_segments
 from gradlab.transforms.odes._jax_solvers import Integrator
 from gradlab.transforms.odes.options import Options, Status
 from gradlab.transforms.odes.tableaux import METHODS
@@ -146,9 +147,10 @@ def recorded(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> An
 
 def integrate(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any, *, recorded: bool = False) -> Any:
     """The states and how they were found; between the steps too if recorded."""
-    dense = recorded and not problem.returns
-    run = problem.integrator(jax.tree.leaves(y0)[0].dtype, recorded=dense)
-    found = run(Forward(problem.field), ts[0], ts[-1], y0, (params, arrays), ts=ts, dense=dense)
+    kept = recorded and not problem.returns
+    run = problem.integrator(jax.tree.leaves(y0)[0].dtype, recorded=kept)
+    by = partial(in_segments, run) if kept else run
+    found = by(Forward(problem.field), ts[0], ts[-1], y0, (params, arrays), ts=ts)
     return found.ys, found.counts, found.status, found.reached, found.path
 
 
@@ -199,26 +201,37 @@ def adjoint(problem: Problem, us: Any, ts: Any, y0: Any, params: Any, arrays: An
     us = jax.tree.map(lambda u: u / unit, us)
     dtype = jax.tree.leaves(y0)[0].dtype
     ys, path = opened(record, dtype)
-    run = problem.integrator(dtype, backward=True)
+    steps, run = problem.integrator(dtype, recorded=True), problem.integrator(dtype, backward=True)
     zeros = jax.tree.map(jnp.zeros_like, (y0, params) if jax.tree.leaves(params) else (y0,))
 
     def back(carry: Any, step: Any) -> Any:
         u, y, start, end = step
-        (x, a), *total = carry
+        ((x, a), *total), known, size = carry
         a = jax.tree.map(jnp.add, a, u)
-        slope = problem.field(start, y, params, arrays)
+        later = dot(u, problem.field(start, y, params, arrays))
         if problem.returns:
-            gone = run(Returning(problem.field), start, end, ((x, a), *total), (params, arrays))
-            return gone.reached[1], (dot(u, slope), gone.status)
-        stiff = path.stiff(start)
-        gone = run(Backward(problem.field), start, end, (a, *total), (path, params, arrays), stiff=stiff)
-        a, *total = gone.reached[1]
-        return ((x, a), *total), (dot(u, slope), gone.status)
+            both = (x, a), *total
+            gone = run(Returning(problem.field), start, end, both, (params, arrays), size=size)
+            return (gone.reached[1], known, gone.size), (later, gone.status)
+
+        def through(state: Any) -> Any:
+            t, both, known, size, status = state
+            known = path.holding(t, known, steps, Forward(problem.field), (params, arrays))
+            begin, polynomials = path.start(known), known[1]
+            begin = jnp.where(ts[0] < ts[-1], jnp.maximum(begin, end), jnp.minimum(begin, end))
+            at, stiff = (polynomials, params, arrays), polynomials.stiff(t)
+            gone = run(Backward(problem.field), t, begin, both, at, stiff=stiff, size=size)
+            return begin, gone.reached[1], known, gone.size, jnp.maximum(status, gone.status)
+
+        state = start, (a, *total), known, size, jnp.array(Status.DONE)
+        going = lambda state: state[0] != end
+        _, (a, *total), known, size, status = jax.lax.while_loop(going, through, state)
+        return (((x, a), *total), known, size), (later, status)
 
     at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
-    steps = at(us, slice(1, None)), at(ys, slice(1, None)), ts[1:], ts[:-1]
-    begin = (at(ys, -1), zeros[0]), *zeros[1:]
-    ((x, a), *total), (later, status) = jax.lax.scan(back, begin, steps, reverse=True)
+    intervals = at(us, slice(1, None)), at(ys, slice(1, None)), ts[1:], ts[:-1]
+    begin = ((at(ys, -1), zeros[0]), *zeros[1:]), path and path.known, jnp.zeros_like(ts[0])
+    (((x, a), *total), *_), (later, status) = jax.lax.scan(back, begin, intervals, reverse=True)
     first = -dot(a, problem.field(ts[0], y0, params, arrays))
     dts = jnp.concatenate([first[None], later]).astype(ts.dtype)
     dy0 = jax.tree.map(jnp.add, a, at(us, 0))

@@ -63,6 +63,39 @@ class Watching(dfx.Tsit5):
 
 LIMIT, STIFF, RESET = 3.25, 15, 6
 
+
+class Resuming(dfx.AbstractStepSizeController):
+    """A controller that begins with a step of this size, and tells what the next would be; of size zero, it chooses."""
+
+    inner: Any
+    size: Any
+
+    def wrap(self, direction: Any) -> Any:
+        """With the direction of time."""
+        return Resuming(self.inner.wrap(direction), self.size)
+
+    def init(
+        self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
+    ) -> Any:
+        """The end of the first step."""
+        begin = lambda size: self.inner.init(terms, t0, t1, y0, size, args, func, error_order)
+        end = jax.lax.cond(self.size > 0, lambda: t0 + self.size, lambda: begin(None)[0])
+        end, state = begin(end - t0)
+        return end, (state, end - t0)
+
+    def adapt_step_size(
+        self, t0: Any, t1: Any, y0: Any, y1: Any, args: Any, y_error: Any, error_order: Any, state: Any
+    ) -> Any:
+        """The inner one's; the size of a step that was cut short at the end is not forgotten."""
+        inner, last = state
+        keep, start, end, made_jump, inner, result = self.inner.adapt_step_size(
+            t0, t1, y0, y1, args, y_error, error_order, inner
+        )
+        size = end - start
+        size = jnp.where(keep & (t1 - t0 < last), jnp.maximum(size, last), size)
+        return keep, start, end, made_jump, (inner, size), result
+
+
 EXPLICIT = {
     "euler": dfx.Euler,
     "midpoint": dfx.Midpoint,
@@ -81,8 +114,9 @@ class Found(NamedTuple):
     counts: dict[str, Any]
     status: Any
     reached: Any  # the last time, and the state there
-    path: Any  # what is known between the steps, where it was recorded
+    path: Any  # what is known between the steps, where it is dense
     seen: Any  # whether it ended where it was seen to be stiff, and whether at the event
+    size: Any  # of the next step, where that of the first was given
 
 
 @dataclass(frozen=True)
@@ -100,7 +134,10 @@ class Integrator:
     event: Any = None
 
     def __call__(self, field: Any, t0: Any, t1: Any, y0: Any, args: Any, **asked: Any) -> Found:
-        """The solution at the times `ts`; by the second method alone where it is `stiff` from the start."""
+        """The solution at the times `ts`, or `dense`; by the second method alone where it is `stiff` from the start.
+
+        A first step of this `size`, or one that is chosen where that is zero.
+        """
         if self.tolerance.stiff is None:
             asked.pop("stiff", None)
             return self.run(self.tolerance.tableau, field, t0, t1, y0, args, **asked)
@@ -116,20 +153,22 @@ class Integrator:
         ts: Any = None,
         dense: bool = False,
         stiff: Any = False,
+        size: Any = None,
     ) -> Found:
         """By the first method until the equation is seen to be stiff, by the second from there on."""
         tableau, second = self.tolerance.tableau, self.tolerance.stiff
-        early = self.run(
-            tableau, field, t0, jnp.where(stiff, t0, t1), y0, args, ts=ts, dense=dense, watching=True
-        )
+        until = jnp.where(stiff, t0, t1)
+        early = self.run(tableau, field, t0, until, y0, args, ts=ts, dense=dense, size=size, watching=True)
         t, y = early.reached
         watched, event = early.seen
         seen = stiff | watched
         up = jnp.where(t0 < t1, 1, -1)
         later = None if ts is None else up * jnp.clip(up * ts, up * t, up * t1)
-        late = self.run(second, field, t, jnp.where(seen, t1, t), y, args, ts=later, dense=dense)
+        size = None if size is None else jnp.where(stiff, size, 0)
+        until = jnp.where(seen, t1, t)
+        late = self.run(second, field, t, until, y, args, ts=later, dense=dense, size=size)
         counts = jax.tree.map(jnp.add, early.counts, late.counts) | {"stiff": late.counts["accepted"]}
-        many = counts["accepted"] + counts["rejected"] > self.tolerance.max_steps
+        many = ~dense & (counts["accepted"] + counts["rejected"] > self.tolerance.max_steps)
         status = jnp.where(seen, jnp.where(many, Status.MAX_STEPS, late.status), early.status)
         ys = None
         if ts is not None:
@@ -137,8 +176,9 @@ class Integrator:
             held = first | (seen & ~many)
             pick = lambda a, b: jnp.where(beside(first, a), a, jnp.where(beside(held, a), b, jnp.nan))
             ys = jax.tree.map(pick, early.ys, late.ys)
-        path = Path((*early.path.pieces, *late.path.pieces), t) if dense else None
-        return Found(ys, counts, status, late.reached, path, (seen, event | late.seen[1]))
+        path = Path((*early.path.pieces, *late.path.pieces), t, up) if dense else None
+        size = None if size is None else jnp.where(seen, late.size, early.size)
+        return Found(ys, counts, status, late.reached, path, (seen, event | late.seen[1]), size)
 
     def run(
         self,
@@ -150,6 +190,7 @@ class Integrator:
         args: Any,
         ts: Any = None,
         dense: bool = False,
+        size: Any = None,
         watching: bool = False,
     ) -> Found:
         """One loop of diffrax's."""
@@ -160,6 +201,7 @@ class Integrator:
             controller = dfx.PIDController(
                 asked.rtol, asked.atol, norm=self.whole, dtmin=rounding, force_dtmin=False
             )
+            controller = controller if size is None else Resuming(controller, size)
         else:
             dt0 = jnp.sign(t1 - t0) * asked.step_size
         saved = {"end": dfx.SubSaveAt(t1=True)} | ({} if ts is None else {"at": dfx.SubSaveAt(ts=ts)})
@@ -171,7 +213,7 @@ class Integrator:
             dt0,
             y0,
             args,
-            saveat=dfx.SaveAt(subs=saved, dense=dense),
+            saveat=dfx.SaveAt(subs=saved, dense=dense, controller_state=size is not None),
             stepsize_controller=controller,
             adjoint=self.adjoint or dfx.ForwardMode(),
             event=self.event,
@@ -197,8 +239,10 @@ class Integrator:
         if ts is not None:
             held = jnp.isfinite(run.ts["at"])
             ys = jax.tree.map(lambda y: jnp.where(beside(held, y), y, jnp.nan), run.ys["at"])
-        path = Path((run.interpolation,), t) if dense else None
-        return Found(ys, counts, status, (t, y), path, (stiff, event))
+        path = Path((run.interpolation,), t, jnp.where(t0 < t1, 1, -1)) if dense else None
+        if size is not None and dt0 is None:
+            size = run.controller_state[1]
+        return Found(ys, counts, status, (t, y), path, (stiff, event), size)
 
     @property
     def whole(self) -> Callable[[Any], Any]:

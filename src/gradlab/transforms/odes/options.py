@@ -175,15 +175,20 @@ class Options:
     ) -> Tolerance:
         """Of arithmetic with this rounding, for a state of parts with absolute tolerances in these scales.
 
-        Steps that are recorded for an adjoint are ten times finer, as it is carried back along their polynomials; and
-        its own absolute tolerance is a hundred times smaller, since it may shrink on its way and grow again. It goes
-        by kvaerno5 in the place of rodas5p, which would need the derivative of its Jacobian in time.
+        Steps that are recorded for an adjoint are ten times finer, as it is carried back along their polynomials. Its
+        own are four times finer, which makes van der Pol's (mu = 10, to t = 50) good to 70 times the tolerance, where
+        it would be 300; and its absolute tolerance is a thousand times smaller, since it may shrink on its way and
+        grow again. It goes by kvaerno5 in the place of rodas5p, which would need the derivative of its Jacobian in
+        time.
         """
         from gradlab.transforms.odes.tableaux import METHODS
 
         rtol = self.rtol if self.rtol is not None else 1e-6 if eps < 1e-10 else 1e-4
         atol = (self.atol if self.atol is not None else rtol / 100) * scales
-        rtol, atol = (rtol / 10, atol / 10) if recorded else (rtol, atol / 100 if backward else atol)
+        if recorded:
+            rtol, atol = rtol / 10, atol / 10
+        elif backward:
+            rtol, atol = rtol / 4, atol / 1000
         rtol = max(rtol, 8 * eps)
         tableau = METHODS["kvaerno5"] if backward and self.method == "rodas5p" else self.tableau
         return Tolerance(tableau, self.stiff, rtol, atol, self.step_size, self.max_steps, parts)
