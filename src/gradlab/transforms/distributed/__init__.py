@@ -1,6 +1,6 @@
 """Operations over a batch that is sharded across devices and processes, on the frameworks' own engines.
 
-Contracts only; `_jax.py` and `_torch.py` implement them in this order. `gradlab.distributed` holds them.
+Contracts only; `shards.py` implements them in this order for both frameworks. `gradlab.distributed` holds them.
 """
 
 from __future__ import annotations

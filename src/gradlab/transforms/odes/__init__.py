@@ -60,9 +60,8 @@ def odeint(
         atol: The same, absolute, in units of y. None: rtol / 100. A tangent's is in units of the largest entry of its
             direction, a cotangent's in those of the largest cotangent.
         step_size: The size of every step, in units of t; None: chosen by the tolerances.
-        max_steps: The most steps, rejected ones too. None: 4096 in jax, where the backward solution holds
-            memory for all of them, and fills it (pass as few as do where y is large; fixed steps at times that are
-            known take no more than they need), and 100,000 in torch.
+        max_steps: The most steps, rejected ones too. None: 4096 in jax, where memory is set aside by it (see Cost),
+            and 100,000 in torch.
         throw: Whether a solution that does not reach the last time raises; else it is not-a-number from there on, and
             its status says why.
         gradient_error: Whether to estimate the error of the derivatives: the cotangent by this adjoint against the
@@ -100,9 +99,10 @@ def odeint(
     Cost:
         Evaluations of f: stages - 1 a step (6 of tsit5); of an implicit method about 15, and ∂f/∂y once. A tangent:
         with each the derivative of f along one direction (in torch two pullbacks). A cotangent: a pullback of f for
-        each stage of about as many steps backwards, under torch.func after another solve; memory in entries of y: in
-        torch 5 a step (tsit5), in jax 8 for each of max_steps. torch.compile around the call leaves
-        its graph for it: pass compile=True.
+        each stage of about twice as many steps backwards, under torch.func after another solve; memory in entries of
+        y: in torch 5 a step (tsit5); in jax 10 √max_steps, the steps of one segment of √max_steps and where the
+        segments begin, each but the last being solved again. torch.compile around the call leaves its graph for it:
+        pass compile=True.
 
     Example:
         >>> import torch
