@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import importlib
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import typer
-from rich.progress import track
 from rich.table import Table
 
 from gradlab import check
 from gradlab.bench.console import console
 from gradlab.bench.record import append, environment, in_each_framework
+from gradlab.bench.training import train
 from gradlab.cli import Framework, Preset
 
 PRESETS = {"smoke": 150, "paper": 2000}
@@ -80,7 +79,6 @@ def load(framework: str) -> Any:
             array=jnp.asarray,
             tree=jax.tree.map,
             compiled=jax.jit,
-            value_and_grad=jax.value_and_grad,
             tanh=jnp.tanh,
             with_time=lambda z, t: jnp.append(z, t),
             with_time_all=lambda z, t: jnp.concatenate([z, jnp.broadcast_to(t, (len(z), 1))], 1),
@@ -90,21 +88,11 @@ def load(framework: str) -> Any:
 
     torch.set_num_threads(1)
 
-    def value_and_grad(f: Any) -> Any:
-        def both(params: Any, *args: Any) -> Any:
-            leaves = {key: leaf.detach().requires_grad_() for key, leaf in params.items()}
-            value = f(leaves, *args)
-            found = torch.autograd.grad(value, list(leaves.values()))
-            return value.detach(), dict(zip(leaves, found, strict=True))
-
-        return both
-
     return SimpleNamespace(
         gl=gl,
         array=torch.as_tensor,
         tree=pytree.tree_map,
         compiled=lambda f: f,
-        value_and_grad=value_and_grad,
         tanh=torch.tanh,
         with_time=lambda z, t: torch.cat([z, t.reshape(1).to(z.dtype)]),
         with_time_all=lambda z, t: torch.cat([z, t.to(z.dtype).expand(len(z), 1)], 1),
@@ -149,29 +137,11 @@ def verified(framework: str) -> None:
     ).raise_if_failed()
 
 
-def train(fw: Any, name: str, count: int, seed: int) -> tuple[Any, list[float], float]:
-    """Parameters, losses in nats, seconds a step after the first."""
-    params, adam = fw.tree(fw.array, initial("float32")), fw.gl.optimizers.adam(3e-3)
-    gradient = fw.value_and_grad(lambda p, x: -log_density(fw, p, x).mean())
-
-    def step(params: Any, memory: Any, x: Any) -> Any:
-        value, slope = gradient(params, x)
-        updates, memory = adam.update(slope, memory, params)
-        return {key: params[key] + updates[key] for key in params}, memory, value
-
-    step, memory, rng, losses, began = (
-        fw.compiled(step),
-        adam.init(params),
-        np.random.default_rng(seed),
-        [],
-        0.0,
-    )
-    for i in track(range(count), name, console=console()):
-        batch = fw.array(DENSITIES[name](rng, BATCH).astype("float32"))
-        params, memory, value = step(params, memory, batch)
-        losses.append(float(value))
-        began = time.perf_counter() if i == 0 else began
-    return params, losses, (time.perf_counter() - began) / max(count - 1, 1)
+def batches(name: str, seed: int) -> Any:
+    """Points (256, 2)."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield (DENSITIES[name](rng, BATCH).astype("float32"),)
 
 
 def judged(fw: Any, name: str, params: Any, seed: int) -> dict[str, Any]:
@@ -272,7 +242,15 @@ def main(
     verified(framework.value)
     fw, rows = load(framework.value), []
     for name in DENSITIES:
-        params, losses, seconds = train(fw, name, PRESETS[preset.value], seed)
+        params, losses, seconds = train(
+            framework.value,
+            lambda p, x: -log_density(fw, p, x).mean(),
+            fw.tree(fw.array, initial("float32")),
+            batches(name, seed),
+            3e-3,
+            name,
+            PRESETS[preset.value],
+        )
         rows.append({"name": name, "losses": losses, "seconds": seconds, **judged(fw, name, params, seed)})
     config = {
         "framework": framework.value,

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gradlab.bench.console import console
-from gradlab.bench.record import accelerator, append, environment, in_each_framework
+from gradlab.bench.record import in_each_framework, keep
 from gradlab.bench.solutions import network
 from gradlab.bench.suite import Case, Cell, peaks
 from gradlab.cli import Framework, OneDtype, Preset
@@ -85,14 +85,7 @@ def transforms(framework: str) -> tuple[Any, Any, Any]:
         return jax.grad, jax.jvp, jax.jit
     import torch
 
-    def grad(f: Any) -> Any:
-        def gradient(p: Any, *args: Any) -> Any:
-            leaves = {name: leaf.detach().requires_grad_() for name, leaf in p.items()}
-            return dict(
-                zip(leaves, torch.autograd.grad(f(leaves, *args), list(leaves.values())), strict=True)
-            )
-
-        return gradient
+    from gradlab.bench._torch import grad
 
     return grad, torch.func.jvp, lambda f: f
 
@@ -296,8 +289,7 @@ def main(
     os.environ["JAX_ENABLE_X64"] = "1"  # for the differences
     rows = measure(framework.value, preset.value, device, dtype.value)
     config = {"framework": framework.value, "preset": preset.value, "device": device, "dtype": dtype.value}
-    here = environment() | {"accelerator": accelerator(framework.value, device)}
-    append(path, {"experiment": "hvp_scaling", "config": config, "environment": here, "rows": rows})
+    keep(path, "hvp_scaling", config, rows=rows)
     show(framework.value, rows)
 
 

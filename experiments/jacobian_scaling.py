@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gradlab.bench.console import console
-from gradlab.bench.record import accelerator, append, environment, in_each_framework
+from gradlab.bench.record import in_each_framework, keep
 from gradlab.bench.suite import Case, Cell
 from gradlab.cli import Framework, OneDtype, Preset
 
@@ -214,9 +214,7 @@ def main(
     os.environ["JAX_ENABLE_X64"] = "1"  # for the differences
     rows = measure(framework.value, preset.value, device, dtype.value)
     config = {"framework": framework.value, "preset": preset.value, "device": device, "dtype": dtype.value}
-    here = environment() | {"accelerator": accelerator(framework.value, device)}
-    record = {"experiment": "jacobian_scaling", "config": config, "environment": here}
-    append(path, {**record, "crossovers": crossovers(rows), "rows": rows})
+    keep(path, "jacobian_scaling", config, crossovers=crossovers(rows), rows=rows)
     show(framework.value, rows)
 
 

@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import importlib
 import os
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import typer
-from rich.progress import track
 from rich.table import Table
 
 from gradlab import check
 from gradlab.bench.console import console
 from gradlab.bench.record import append, environment, in_each_framework
+from gradlab.bench.training import train
 from gradlab.cli import Framework, Preset
 
 PRESETS = {"smoke": {"spiral": 300, "digits": 100}, "paper": {"spiral": 2000, "digits": 1000}}
@@ -82,8 +80,7 @@ class Side:
             import jax
             import jax.numpy as jnp
 
-            self.array, self.tree, self.compiled = jnp.asarray, jax.tree.map, jax.jit
-            self.value_and_grad, self.tanh, self.cat = jax.value_and_grad, jnp.tanh, jnp.concatenate
+            self.array, self.tree, self.tanh, self.cat = jnp.asarray, jax.tree.map, jnp.tanh, jnp.concatenate
             self.zeros: Any = lambda x, n: jnp.zeros((*x.shape[:-1], n), x.dtype)
             self.log_softmax: Any = jax.nn.log_softmax
         else:
@@ -91,8 +88,12 @@ class Side:
             from torch.utils import _pytree as pytree
 
             torch.set_num_threads(1)
-            self.array, self.tree, self.compiled = torch.as_tensor, pytree.tree_map, lambda f: f
-            self.value_and_grad, self.tanh, self.cat = _gradient_of, torch.tanh, torch.cat
+            self.array, self.tree, self.tanh, self.cat = (
+                torch.as_tensor,
+                pytree.tree_map,
+                torch.tanh,
+                torch.cat,
+            )
             self.zeros = lambda x, n: x.new_zeros(*x.shape[:-1], n)
             self.log_softmax = lambda z: z.log_softmax(-1)
 
@@ -125,19 +126,6 @@ class Side:
         return -(hot * self.log_softmax(self.logits(p, x, more))).sum(-1).mean()
 
 
-def _gradient_of(f: Callable[..., Any]) -> Callable[..., Any]:
-    """In torch by plain backward, the fastest way."""
-    import torch
-
-    def both(params: Params, *args: Any) -> Any:
-        leaves = {key: leaf.detach().requires_grad_() for key, leaf in params.items()}
-        value = f(leaves, *args)
-        found = torch.autograd.grad(value, list(leaves.values()))
-        return value.detach(), dict(zip(leaves, found, strict=True))
-
-    return both
-
-
 def verified(framework: str) -> None:
     """Abort unless a gradient through the solution is that of differences, in float64."""
     side = Side(framework)
@@ -146,26 +134,6 @@ def verified(framework: str) -> None:
     field = lambda t, y, p: side.network(p, y**3)
     end = lambda p: (side.gl.odeint(field, y0, ts, p, method="tsit5", rtol=1e-10, atol=1e-12).ys ** 2).sum()
     check.derivatives(end, params, order=1, vmap=False, compiled=False, accuracy=1e-7).raise_if_failed()
-
-
-def train(
-    side: Side, loss: Any, params: Params, batches: Any, rate: float, name: str, count: int
-) -> tuple[Params, list[float], float]:
-    """Adam on one batch after the other: parameters, losses, seconds a step after the first."""
-    adam = side.gl.optimizers.adam(rate)
-    gradient = side.value_and_grad(loss)
-
-    def step(params: Params, memory: Any, batch: Any) -> Any:
-        value, slope = gradient(params, *batch)
-        updates, memory = adam.update(slope, memory, params)
-        return {key: params[key] + updates[key] for key in params}, memory, value
-
-    step, memory, losses, began = side.compiled(step), adam.init(params), [], 0.0
-    for i in track(range(count), name, console=console()):
-        params, memory, value = step(params, memory, side.tree(side.array, next(batches)))
-        losses.append(float(value))
-        began = time.perf_counter() if i == 0 else began
-    return params, losses, (time.perf_counter() - began) / max(count - 1, 1)
 
 
 def spiral_batches(seed: int) -> Any:
@@ -191,7 +159,7 @@ def learned(framework: str, preset: str, seed: int) -> dict[str, Any]:
     side, counts = Side(framework), PRESETS[preset]
     single = lambda params: side.tree(lambda a: side.array(a.astype("float32")), params)
     params, losses, seconds = train(
-        side,
+        framework,
         side.pieces,
         single(layers(2, HIDDEN, 2, last=0.1)),
         spiral_batches(seed),
@@ -213,7 +181,7 @@ def learned(framework: str, preset: str, seed: int) -> dict[str, Any]:
             params |= layers(size, WIDTH, size, last=0.1)
         loss = lambda p, x, hot, more=more: side.entropy(p, x, hot, more)
         found, losses, seconds = train(
-            side, loss, single(params), digit_batches(seed), 3e-3, name, counts["digits"]
+            framework, loss, single(params), digit_batches(seed), 3e-3, name, counts["digits"]
         )
         answers = np.asarray(side.logits(found, side.array(X.astype("float32")), more)).argmax(-1)
         right = float((answers == hot.argmax(-1)).mean())

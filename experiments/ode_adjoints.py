@@ -33,7 +33,7 @@ from gradlab.bench.clock import interleave, ratio
 from gradlab.bench.console import console
 from gradlab.bench.memory import peak
 from gradlab.bench.ode_problems import EQUATIONS
-from gradlab.bench.record import append, environment, in_each_framework
+from gradlab.bench.record import in_each_framework, keep
 from gradlab.cli import Framework, Preset
 
 COLOURS = {
@@ -405,8 +405,8 @@ def main(
             rows += lengths(fw, preset.value)
         if name == "neural" and framework is Framework.jax:
             ratios = by_hand(fw, 1e-5, REPEATS[preset.value])
-        record = {"experiment": "ode_adjoints", "config": {**config, "problem": name}}
-        append(path, {**record, "environment": environment(), "rows": rows, "gradlab / diffrax": ratios})
+        found = {"rows": rows, "gradlab / diffrax": ratios}
+        keep(path, "ode_adjoints", {**config, "problem": name}, **found)
         show(f"{framework.value}, {name}", rows, ratios)
 
 

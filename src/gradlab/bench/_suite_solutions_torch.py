@@ -38,21 +38,6 @@ def _case(ours: Any, hand: dict[str, Any], unit: Any, *args: Any) -> Case:
     return Case(of(ours), {name: of(f) for name, f in hand.items()}, of(unit))
 
 
-def _backward(f: Callable[..., Any]) -> Callable[..., Any]:
-    """The gradient in a tensor or a dictionary of them."""
-
-    def gradient(p: Any, *args: Any) -> Any:
-        if isinstance(p, dict):
-            leaves = {name: leaf.detach().requires_grad_() for name, leaf in p.items()}
-            return dict(
-                zip(leaves, torch.autograd.grad(f(leaves, *args), list(leaves.values())), strict=True)
-            )
-        p = p.detach().requires_grad_()
-        return torch.autograd.grad(f(p, *args), p)[0]
-
-    return gradient
-
-
 def _layers(params: Any, x: Any) -> Any:
     for i in range(len(params) // 2):
         x = (torch.tanh(x) if i else x) @ params[f"w{i}"] + params[f"b{i}"]
@@ -75,7 +60,7 @@ def _rule(x: Any) -> Case:
     plain = lambda x: torch.logaddexp(x, torch.zeros_like(x))
     ruled = gl.custom_vjp(plain)
     ruled.defvjp(lambda x: (plain(x), x), lambda x, u: (u * torch.sigmoid(x),))
-    of = lambda f: _backward(lambda x: (f(x) ** 2).sum())
+    of = lambda f: functions.grad(lambda x: (f(x) ** 2).sum())
     hand = {"torch.autograd.Function": of(_Softplus.apply), "no rule": of(plain)}
     return _case(of(ruled), hand, of(plain), x)
 
@@ -91,11 +76,14 @@ def _argmin(given: Any) -> Case:
 
     def adjoint(lam: Any) -> Any:
         w = solve(lam)
-        return -torch.exp(lam) * w * torch.linalg.solve(matrix(lam), _backward(validation)(w))
+        return -torch.exp(lam) * w * torch.linalg.solve(matrix(lam), functions.grad(validation)(w))
 
-    ours = _backward(lambda lam: validation(fit(torch.zeros_like(lam), lam)))
-    hand = {"an adjoint solve": adjoint, "through the solve": _backward(lambda lam: validation(solve(lam)))}
-    return _case(ours, hand, lambda lam: _backward(objective)(lam, lam), penalties)
+    ours = functions.grad(lambda lam: validation(fit(torch.zeros_like(lam), lam)))
+    hand = {
+        "an adjoint solve": adjoint,
+        "through the solve": functions.grad(lambda lam: validation(solve(lam))),
+    }
+    return _case(ours, hand, lambda lam: functions.grad(objective)(lam, lam), penalties)
 
 
 def _maml(given: Any) -> Case:
@@ -111,7 +99,7 @@ def _maml(given: Any) -> Case:
         return grad(lambda p: vmap(one, (None, 0, 0))(p, *tasks).mean())(p)
 
     ours = lambda p, tasks: gl.maml_grad(loss, p, tasks, inner_lr=RATE, steps=INNER)
-    unit = _backward(lambda p, tasks: vmap(partial(loss, p))(*tasks[0]).mean())
+    unit = functions.grad(lambda p, tasks: vmap(partial(loss, p))(*tasks[0]).mean())
     return _case(ours, {"grad(vmap(...))": by_hand}, unit, *given)
 
 
@@ -134,7 +122,7 @@ def _equation(given: Any, gradient: bool, **options: Any) -> Case:
         lambda t, y, p: _layers(p, y), y, ts, p, method="rk4", step_size=STEP, **options
     ).ys[-1]
     by_hand = lambda p, y: _runge_kutta(lambda y: (_layers(p, y),), (y,), STEP)[0]
-    of = lambda f: _backward(lambda p, y: (f(p, y) ** 2).mean()) if gradient else f
+    of = lambda f: functions.grad(lambda p, y: (f(p, y) ** 2).mean()) if gradient else f
     return _case(of(solved), {"a loop of steps": of(by_hand)}, of(_layers), *given)
 
 
@@ -151,5 +139,5 @@ def _flow(given: Any) -> Case:
         z, gained = _runge_kutta(lambda z, _: (f(z), trace(z)), state, -STEP)
         return vmap(normal)(z) + gained
 
-    unit = _backward(lambda p, x: _layers(p, x).sum())
+    unit = functions.grad(lambda p, x: _layers(p, x).sum())
     return _case(ours, {"a loop with the trace of jacrev": by_hand}, unit, *given)

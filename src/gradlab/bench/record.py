@@ -80,6 +80,12 @@ def append(path: str | Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def keep(path: str | Path, experiment: str, config: dict[str, Any], **found: Any) -> None:
+    """Add what an experiment found, with its configuration and where it ran: the framework's `device`, the machine."""
+    here = environment() | {"accelerator": accelerator(config["framework"], config["device"])}
+    append(path, {"experiment": experiment, "config": config, "environment": here, **found})
+
+
 def in_each_framework(script: str, path: str | Path, **flags: Any) -> list[dict[str, Any]]:
     """Run a script once a framework, each in a process of its own, and read the record that each appended to path."""
     for framework in ("jax", "torch"):

@@ -48,7 +48,7 @@ class Lab:
 
     def gradient(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """The framework's own gradient: of the reference, and the unit of time."""
-        return importlib.import_module("jax").grad(f) if self.framework == "jax" else _torch_gradient(f)
+        return (importlib.import_module("jax") if self.framework == "jax" else self.functions).grad(f)
 
     def case(self, name: str) -> Case:
         """The problem of that name, its numbers rounded to float32."""
@@ -64,18 +64,6 @@ class Lab:
         loss = lambda p: analytic.f(self.xp, p["x"])
         model = lambda p: self.xp.stack([loss(p), (p["x"] ** 2).sum()])
         return Case(loss, model, lambda y: (y**2).sum() / 2, self.arrays({"x": rounded(analytic.x)}))
-
-
-def _torch_gradient(f: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
-
-    def gradient(tree: Any) -> Any:
-        keys = list(tree) if isinstance(tree, dict) else None
-        leaves = [leaf.detach().requires_grad_() for leaf in (tree.values() if keys else [tree])]
-        found = torch.autograd.grad(f(dict(zip(keys, leaves, strict=True)) if keys else leaves[0]), leaves)
-        return dict(zip(keys, found, strict=True)) if keys else found[0]
-
-    return gradient
 
 
 def flat(tree: Any) -> np.ndarray:

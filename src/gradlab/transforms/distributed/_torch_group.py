@@ -1,6 +1,6 @@
 """A process of a torch.distributed group as a shard: sums by all_reduce, which are differentiated by all_reduce.
 
-What is the same everywhere becomes a process's own (`Shared`), what is its own becomes a sum (`Total`), and each is the
+What is the same everywhere becomes a process's own, what is its own becomes a sum, and each is the
 other's transpose: so derivatives of any order, taken alike in all processes, are those of the whole.
 """
 
@@ -51,7 +51,7 @@ class Part:
             places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.dtype == dtype]
             flat = torch.cat([leaves[i].reshape(-1) for i in places])
             for i, part in zip(
-                places, Total.apply(self, flat).split([leaves[i].numel() for i in places]), strict=True
+                places, Sum.apply(self, True, flat).split([leaves[i].numel() for i in places]), strict=True
             ):
                 found[i] = part.reshape(leaves[i].shape)
         return pytree.tree_unflatten(found, spec)
@@ -59,7 +59,7 @@ class Part:
     def shared(self, tree: Any) -> Any:
         """A tree that is the same everywhere, whose derivative is the sum of every process's."""
         tracked = lambda x: is_inexact(x) and (x.requires_grad or transforming())
-        return self.map(lambda x: Shared.apply(self, x) if tracked(x) else x, tree)
+        return self.map(lambda x: Sum.apply(self, False, x) if tracked(x) else x, tree)
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over processes, in place."""
@@ -157,51 +157,27 @@ def checksum(tensors: Sequence[torch.Tensor]) -> int:
     return total >> (32 - BITS)
 
 
-class Total(torch.autograd.Function):
-    """Own parts to their sum, which is the same everywhere."""
+class Sum(torch.autograd.Function):
+    """Own parts to their `total`, which is the same everywhere; or the transpose, from the same to one's own."""
 
     @staticmethod
-    def forward(part: Part, x: Any) -> Any:
-        return part.reduce(x.detach().clone(memory_format=torch.contiguous_format))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.part = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, u: Any) -> Any:
-        return None, Shared.apply(ctx.part, u)
-
-    @staticmethod
-    def jvp(ctx: Any, _: Any, t: Any) -> Any:
-        with _set_fwd_grad_enabled(True):
-            return Total.apply(ctx.part, materialised(t))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, part: Part, x: Any) -> Any:
-        return Total.apply(part, x), in_dims[1]
-
-
-class Shared(torch.autograd.Function):
-    """What is the same everywhere to each process's own: the transpose of Total."""
-
-    @staticmethod
-    def forward(part: Part, x: Any) -> Any:
-        return x.clone()
+    def forward(part: Part, total: bool, x: Any) -> Any:
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        return part.reduce(x) if total else x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.part = inputs[0]
+        ctx.part, ctx.total, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, u: Any) -> Any:
-        return None, Total.apply(ctx.part, u)
+        return None, None, Sum.apply(ctx.part, not ctx.total, u)
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, t: Any) -> Any:
+    def jvp(ctx: Any, _part: Any, _total: Any, t: Any) -> Any:
         with _set_fwd_grad_enabled(True):
-            return Shared.apply(ctx.part, materialised(t))
+            return Sum.apply(ctx.part, ctx.total, materialised(t))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, part: Part, x: Any) -> Any:
-        return Shared.apply(part, x), in_dims[1]
+    def vmap(info: Any, in_dims: Any, part: Part, total: bool, x: Any) -> Any:
+        return Sum.apply(part, total, x), in_dims[2]
