@@ -80,8 +80,8 @@ def load(framework: str) -> Any:
             tree=jax.tree.map,
             compiled=jax.jit,
             tanh=jnp.tanh,
-            with_time=lambda z, t: jnp.append(z, t),
-            with_time_all=lambda z, t: jnp.concatenate([z, jnp.broadcast_to(t, (len(z), 1))], 1),
+            with_time=lambda z, t: jnp.append(z, t.astype(z.dtype)),
+            with_time_all=lambda z, t: jnp.concatenate([z, jnp.full((len(z), 1), t, z.dtype)], 1),
         )
     import torch
     from torch.utils import _pytree as pytree

@@ -31,7 +31,7 @@ from rich.table import Table
 from gradlab import check
 from gradlab.bench.clock import interleave, ratio
 from gradlab.bench.console import console
-from gradlab.bench.memory import peak
+from gradlab.bench.memory import peak, resident
 from gradlab.bench.ode_problems import EQUATIONS
 from gradlab.bench.record import in_each_framework, keep
 from gradlab.cli import Framework, Preset
@@ -232,7 +232,7 @@ def lengths(fw: Tools, preset: str) -> list[dict[str, Any]]:
     problem, rows = known("linear"), []
     x, end = fw.array(problem.x), EQUATIONS["linear"].end
     for steps in STEPS[preset]:
-        for adjoint in ("interpolating", "backsolve", "direct", "checkpoint"):
+        for adjoint in ("backsolve", "checkpoint", "interpolating", "direct"):  # by the memory they hold
             value = lambda x, steps=steps, adjoint=adjoint: problem.loss(
                 fw.odeint,
                 fw.xp,
@@ -249,7 +249,8 @@ def lengths(fw: Tools, preset: str) -> list[dict[str, Any]]:
             start = process_time()
             row["error"] = problem.error(np.asarray(gradient(x)))
             row["seconds"] = process_time() - start
-            rows.append({**row, "bytes": fw.bytes(gradient, x)})
+            size = fw.bytes(gradient, x) if fw.name == "jax" else resident(gradient, x)
+            rows.append({**row, "bytes": size})
     return rows
 
 

@@ -38,7 +38,13 @@ def solvers(
         f"gradlab {adjoint}{', compiled' if compile else ''}": lambda adjoint=adjoint, compile=compile: (
             gl.odeint(f, y0, ts, rtol=RTOL, atol=ATOL, adjoint=adjoint, compile=compile).ys[-1]
         )
-        for adjoint, compile in (("auto", False), ("auto", True), ("backsolve", False), ("direct", False))
+        for adjoint, compile in (
+            ("auto", False),
+            ("auto", True),
+            ("backsolve", False),
+            ("direct", False),
+            ("direct", True),
+        )
     }
     with suppress(ImportError):
         import torchdiffeq as td

@@ -68,6 +68,29 @@ def test_compiled_steps_are_the_others(monkeypatch):
     close(states[:1], states[1:])
 
 
+@pytest.mark.parametrize("method", ["midpoint", pytest.param("dopri8", marks=pytest.mark.slow)])
+def test_compiled_steps_that_are_recorded(method, monkeypatch):
+    """States and gradients of adjoint="direct", with times within the steps; second derivatives are as they were."""
+    from gradlab.transforms.odes import _torch_compiled
+
+    net, kinds, run = network(), [], _torch_compiled.Program.run
+    w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    y0 = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    f = lambda t, y, w: net(y) * torch.cos(w * t)
+    params, options = [y0, w, *net.parameters()], {"adjoint": "direct", "method": method}
+    monkeypatch.setattr(
+        _torch_compiled.Program, "run", lambda self, key, *rest: kinds.append(key[0]) or run(self, key, *rest)
+    )
+    close(gradients(f, y0, params, w, compile=True, **options), gradients(f, y0, params, w, **options))
+    assert set(kinds) == {"forwards", "slopes", "recorded"}
+    second = []
+    for compile in (True, False):
+        ys = gl.odeint(f, y0, TIMES, w, **OPTIONS | options, compile=compile).ys
+        first = torch.autograd.grad(ys.square().sum(), w, create_graph=True)[0]
+        second.append(torch.autograd.grad(first, w)[0])
+    close(second[:1], second[1:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["tsit5", "dopri5", "dopri8", "auto"])
 def test_compiled_steps_of_every_order(method):

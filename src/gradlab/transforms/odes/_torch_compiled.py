@@ -65,18 +65,34 @@ class Bound:
         """Where a parameter is among them."""
         return next((i for i, s in enumerate(self.sources) if isinstance(s, int) and s == number), None)
 
-    def forwards(self, params: Sequence[Any], whole: bool) -> Callable[..., Any]:
-        """A step of one example, with the polynomial within it if `whole`."""
+    def forwards(self, params: Sequence[Any], whole: bool, note: Any = None) -> Callable[..., Any]:
+        """A step of one example, with the polynomial within it if `whole`; its slopes are noted if they shall be."""
         program, others = self.program, self.others(params)
 
         def step(stages: Any, t: float, h: float, *given: Any) -> Any:
             tableau, watched = stages.tableau, stages.run.watched
-            key = "forwards", tableau.name, watched, whole
-            options = tableau, watched, whole
-            y, slope, size, *dense = program.run(key, forward_step, options, *given, *others)
-            return y, slope, size, None, None, dense[0] if dense else None
+            options = tableau, watched, whole, note is not None
+            key = "forwards", tableau.name, *options[1:]
+            y, slope, size, *more = program.run(key, forward_step, options, *given, *others)
+            if note is not None:
+                note(more.pop())
+            return y, slope, size, None, None, more[0] if more else None
 
         return step
+
+    def recorded(self, params: Sequence[Any], wanted: Sequence[int]) -> Callable[..., Any]:
+        """A recorded step pulled back; `start`, the slope at the start."""
+        program, others = self.program, self.others(params)
+        places = [(self.place(i), params[i].numel()) for i in wanted]
+
+        def back(tableau: Any, *given: Any) -> Any:
+            if tableau is None:
+                moved, total, _ = program.run(("slopes", *places), pullback, (places, False), *given, *others)
+                return moved, total
+            key = "recorded", tableau.name, *places
+            return program.run(key, recorded_step, (tableau, places), *given, *others)
+
+        return back
 
     def backwards(self, *given: Any) -> Backwards:
         """Those of the adjoint."""
@@ -171,7 +187,9 @@ def errors(tableau: Any, slopes: Sequence[Any], h: Any, watched: bool) -> list[A
     return [h * combined(row, slopes) for row in rows]
 
 
-def forward_step(program: Program, tableau: Any, watched: bool, whole: bool) -> Callable[..., Any]:
+def forward_step(
+    program: Program, tableau: Any, watched: bool, whole: bool, noted: bool
+) -> Callable[..., Any]:
     """A step of the equation."""
 
     def step(y: Any, slope: Any, at: Any, tol: Any, *others: Any) -> Any:
@@ -181,7 +199,8 @@ def forward_step(program: Program, tableau: Any, watched: bool, whole: bool) -> 
             end = y + h * combined(row, slopes)
             slopes.append(program.slope(t + c * h, end, others))
         out = end, slopes[-1], sizes(errors(tableau, slopes, h, watched), y, end, tol)
-        return (*out, torch.stack([h * combined(row, slopes) for row in tableau.dense])) if whole else out
+        dense = [torch.stack([h * combined(row, slopes) for row in tableau.dense])] if whole else []
+        return *out, *dense, *([torch.stack(slopes)] if noted else [])
 
     return step
 
@@ -204,6 +223,26 @@ def pulled(program: Program, places: Sequence[Any], timed: bool, a: Any, t: Any,
 def pullback(program: Program, places: Sequence[Any], timed: bool) -> Callable[..., Any]:
     """The same of tensors alone."""
     return lambda a, t, y, *others: pulled(program, places, timed, a, t, y, others)
+
+
+def recorded_step(program: Program, tableau: Any, places: Sequence[Any]) -> Callable[..., Any]:
+    """The pullback of a step from y with these slopes: its state and last slope, and slopes (`own`) by themselves."""
+
+    def step(moved: Any, slope: Any, own: Any, y: Any, slopes: Any, at: Any, *others: Any) -> Any:
+        t, h = at.unbind()
+        last, total = tableau.stages - 1, 0.0
+        D: list[Any] = [None] * tableau.stages
+        for i in range(last, -1, -1):
+            g = own[i] + slope if i == last else own[i]
+            column = [row[i] if i < len(row) else 0.0 for row in tableau.a[i + 1 :]]
+            g = g + h * combined(column, D[i + 1 :]) if any(column) else g
+            if i > 0:
+                at_stage = y + h * combined(tableau.a[i], slopes.unbind())
+                back, grads, _ = pulled(program, places, False, -g, t + tableau.c[i] * h, at_stage, others)
+                D[i], total = back + moved if i == last else back, total + grads
+        return sum(D[1:]), g, total
+
+    return step
 
 
 def backward_step(program: Program, tableau: Any, places: Sequence[Any], timed: bool) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """The recorded steps of an explicit method pulled back, stage by stage: `adjoint="direct"` in plain eager code.
 
 With Dₗ = (∂f/∂y)ᵀ gₗ at stage l, the cotangent of its slope is gᵢ = h Σₗ aₗᵢ Dₗ beside what comes from the polynomial
-and from the next step, and that of the state before the step Σₗ Dₗ. Only the evaluations of f are recorded.
+and from the next step, and that of the state before the step Σₗ Dₗ. Only the evaluations of f are recorded; of compiled
+steps their slopes, by which f is evaluated again.
 """
 
 from __future__ import annotations
@@ -25,33 +26,50 @@ class Tape(Trajectory):
 
     def __init__(self, problem: Problem, params: Sequence[Any]):
         super().__init__(whole=False)
-        wanted = [i for i, p in enumerate(params) if p.requires_grad]
-        xs, self.leaves, _ = lifted(problem, params, wanted)
-        self.wanted, self.rates = wanted, problem.field(xs)
-        self.stages: list[Any] = []
+        self.wanted = [i for i, p in enumerate(params) if p.requires_grad]
+        xs, self.leaves, _ = lifted(problem, params, self.wanted)
+        self.rates, self.tableau = problem.field(xs), problem.options.tableau
+        self.latest: Any = []
         self.first: Any = None
-        self.steps: list[list[Any]] = []
+        self.steps: list[Any] = []
+        self.total: list[Any] = [None] * len(self.leaves)
 
     def slopes(self, _: Any, t: Any, y: Any) -> tuple[Any, Any]:
         """f, recorded."""
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             slope = self.rates(t, y)
-        self.stages.append((y, slope))
+        self.latest.append((y, slope))
         return slope.detach(), None
 
     def ahead(self, _: Any) -> None:
         """A step begins."""
         if self.first is None:
-            self.first = self.stages[0]
-        self.stages = []
+            self.first = self.latest[0]
+        self.latest = []
 
     def add(self, start: Any, end: Any, y: Any, polynomial: Any) -> None:
         """As of a trajectory."""
         super().add(start, end, y, polynomial)
-        self.steps.append(self.stages)
+        self.steps.append(self.latest)
 
-    def pull(self, stage: Any, u: Any, total: list[Any]) -> Any:
+    def back(self, k: int, h: float, own: Any, moved: Any, slope: Any) -> tuple[Any, Any]:
+        """Cotangents of the state and the slope at the start of step k, from those at its end and of its slopes."""
+        last, a = self.tableau.stages - 1, weights(self.tableau, moved.dtype, moved.device).back
+        D = moved.new_empty(last + 1, len(moved))
+        for i in range(last, -1, -1):
+            g = slope if i == last else None
+            if own is not None:
+                g = own[i] if g is None else g + own[i]
+            if i < last:
+                later, row = D[i + 1 :].T, a[i]
+                g = torch.mv(later, row * h) if g is None else torch.addmv(g, later, row, alpha=h)
+            if i > 0:
+                back = 0.0 if g is None else self.pull(self.steps[k][i - 1], g)
+                D[i] = back + moved if i == last else back
+        return D[1:].sum(0), g
+
+    def pull(self, stage: Any, u: Any) -> Any:
         """The cotangent of a stage's state (n,), from that of its slope; those of the parameters are added up."""
         y, slope = stage
         if not slope.requires_grad:
@@ -61,8 +79,63 @@ class Tape(Trajectory):
         )
         for i, g in enumerate(back[1:]):
             if g is not None:
-                total[i] = g if total[i] is None else total[i] + g
+                self.total[i] = g if self.total[i] is None else self.total[i] + g
         return torch.zeros_like(u) if back[0] is None else back[0].reshape(-1)
+
+    def begin(self, slope: Any, _: float) -> Any:
+        """The cotangent of y0 from that of the first slope."""
+        return self.pull(self.first, slope)
+
+    def grads(self) -> list[Any]:
+        """The cotangents of the parameters."""
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.leaves, self.total, strict=True)]
+
+
+class Compiled(Trajectory):
+    """The same of compiled steps."""
+
+    def __init__(self, problem: Problem, params: Sequence[Any]):
+        super().__init__(whole=False)
+        self.wanted = [i for i, p in enumerate(params) if p.requires_grad]
+        self.leaves, self.tableau = [params[i] for i in self.wanted], problem.options.tableau
+        self.run = problem.bound.recorded(params, self.wanted)
+        self.latest: Any = None
+        self.steps: list[Any] = []
+        self.total: Any = 0.0
+
+    def note(self, slopes: Any) -> None:
+        """Those of the latest step."""
+        self.latest = slopes
+
+    def add(self, start: Any, end: Any, y: Any, polynomial: Any) -> None:
+        """As of a trajectory."""
+        super().add(start, end, y, polynomial)
+        self.steps.append((y.view(-1), self.latest))
+
+    def back(self, k: int, h: float, own: Any, moved: Any, slope: Any) -> tuple[Any, Any]:
+        """As of Tape."""
+        y, slopes = self.steps[k]
+        slope, own = (
+            z if x is None else x
+            for x, z in ((slope, moved.new_zeros(len(moved))), (own, slopes.new_zeros(slopes.shape)))
+        )
+        at = torch.tensor([self.starts[k][0], h], dtype=y.dtype, device=y.device)
+        moved, slope, total = self.run(self.tableau, moved, slope, own, y, slopes, at)
+        self.total = self.total + total
+        return moved, slope
+
+    def begin(self, slope: Any, t: float) -> Any:
+        """As of Tape."""
+        y = self.steps[0][0]
+        moved, total = self.run(None, -slope, torch.tensor(t, dtype=y.dtype, device=y.device), y)
+        self.total = self.total + total
+        return moved
+
+    def grads(self) -> list[Any]:
+        """As of Tape."""
+        sizes = [p.numel() for p in self.leaves]
+        parts = torch.split(self.total, sizes) if sizes else ()
+        return [g.view(p.shape) for g, p in zip(parts, self.leaves, strict=True)]
 
 
 class Direct(torch.autograd.Function):
@@ -70,7 +143,8 @@ class Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, again: Any, scales: Any, ts: Any, y0: Any, *params: Any) -> Any:
-        ctx.tape, ctx.problem, ctx.again = Tape(problem, params), problem, again
+        tape = Tape if problem.bound is None else Compiled
+        ctx.tape, ctx.problem, ctx.again = tape(problem, params), problem, again
         solved = solve(problem, scales, ts, y0, params, ctx.tape)
         info = counted(solved).to(y0.device)[0]
         ctx.mark_non_differentiable(info)
@@ -86,7 +160,7 @@ class Direct(torch.autograd.Function):
             ys, _ = ctx.again(ctx.problem, scales, ts, y0, params)
             grads = torch.autograd.grad(ys, xs, us, create_graph=True, materialize_grads=True)
         else:
-            moved, total = pulled(ctx.tape, ctx.problem.options.tableau, ts, us)
+            moved, total = pulled(ctx.tape, ts, us)
             found = dict(zip((i + 1 for i in ctx.tape.wanted), total, strict=True)) | {0: moved}
             grads = tuple(found[i] for i in wanted)
         out: list[Any] = [None] * (1 + len(params))
@@ -95,39 +169,23 @@ class Direct(torch.autograd.Function):
         return None, None, None, None, *out
 
 
-def pulled(tape: Tape, tableau: Any, ts: Any, us: Any) -> tuple[Any, list[Any]]:
+def pulled(tape: Tape | Compiled, ts: Any, us: Any) -> tuple[Any, list[Any]]:
     """Cotangents of y0 and of the parameters, from those (T, n) of the states."""
-    times, last = on_host(ts, 1)[0], len(tape.steps)
+    times, last, dense = on_host(ts, 1)[0], len(tape.steps), np.array(tape.tableau.dense)
     index = np.minimum(np.searchsorted(tape.knots[0], tape.direction[0] * times), last - 1)
-    a = weights(tableau, us.dtype, us.device).back
-    moved, slope, total = torch.zeros_like(us[0]), None, [None] * len(tape.leaves)
-    D = us.new_empty(tableau.stages, us.shape[1])
+    moved, slope = torch.zeros_like(us[0]), None
     for k in range(last - 1, -1, -1):
-        start, h = tape.starts[k][0], tape.ends[k][0] - tape.starts[k][0]
-        own: list[Any] = [None] * (tableau.stages - 1) + [slope]
-        before = None
+        start, end = tape.starts[k][0], tape.ends[k][0]
+        own, before = None, 0.0
         for j in np.flatnonzero(index == k):
-            if times[j] == tape.ends[k][0]:
+            if times[j] == end:
                 moved = moved + us[j]
             elif j > 0:
-                share = (times[j] - start) / h
-                row = np.power(share, np.arange(1, len(tableau.dense) + 1)) @ np.array(tableau.dense)
-                own = [
-                    h * w * us[j] if x is None else x + h * w * us[j] for w, x in zip(row, own, strict=True)
-                ]
-                before = us[j] if before is None else before + us[j]
-        for i in range(tableau.stages - 1, -1, -1):
-            g = own[i]
-            if i < tableau.stages - 1:
-                later, row = D[i + 1 :].T, a[i]
-                g = torch.mv(later, row * h) if g is None else torch.addmv(g, later, row, alpha=h)
-            if i == 0:
-                slope = g
-            elif g is None:
-                D[i] = moved
-            else:
-                back = tape.pull(tape.steps[k][i - 1], g, total)
-                D[i] = back + moved if i == tableau.stages - 1 else back
-        moved = D[1:].sum(0) if before is None else D[1:].sum(0).add_(before)
-    moved = moved + us[0] if slope is None else moved + us[0] + tape.pull(tape.first, slope, total)
-    return moved, [torch.zeros_like(p) if g is None else g for p, g in zip(tape.leaves, total, strict=True)]
+                share = (times[j] - start) / (end - start)
+                row = (end - start) * np.power(share, np.arange(1, len(dense) + 1)) @ dense
+                own = torch.outer(torch.from_numpy(row).to(us), us[j]) + (0.0 if own is None else own)
+                before = before + us[j]
+        moved, slope = tape.back(k, end - start, own, moved, slope)
+        moved = moved + before
+    moved = moved + us[0] if slope is None else moved + us[0] + tape.begin(slope, times[0])
+    return moved, tape.grads()

@@ -27,16 +27,16 @@ def solve(
     y = y0.detach().reshape(problem.batch or 1, -1)
     times = checked(problem, on_host(ts, len(y)))
     rates = problem.field(params)
-    tape = isinstance(record, Trajectory)
+    tape, bound = isinstance(record, Trajectory), problem.bound
     first = getattr(problem.system, "first", None) if one and not tape else None
     shape = problem.system.shape if one else None
     flat = rates if shape is None else lambda t, y: rates(t, y.view(shape)).reshape(1, -1)
     field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(flat, t, y), shape=shape)
-    bound = problem.bound
-    if tape:
+    if bound is not None:
+        whole = record is True or len(ts) > 2 or event is not None
+        field.compiled = bound.forwards(params, whole, record.note if tape else None)
+    elif tape:
         field.slopes, field.ahead = record.slopes, record.ahead
-    elif bound is not None:
-        field.compiled = bound.forwards(params, record is True or len(ts) > 2 or event is not None)
     keep = record if tape or record == "steps" else record and problem.options.adjoint != "backsolve"
     along = tolerance(problem, scales, y, record is True)
     meets = None
