@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from rich.progress import track
 
 from gradlab.bench.console import console
@@ -23,7 +24,7 @@ def train(
 ) -> tuple[dict[str, Any], list[float], float]:
     """The parameters, the losses and the seconds a step after the first, by jax.jit and by plain backward in torch.
 
-    `loss(params, *batch)`, of batches of numpy arrays, whose dtypes are kept.
+    `loss(params, *batch)`, of batches of numpy arrays, whose dtypes are kept. The rate falls to zero along a cosine.
     """
     tools: tuple[Any, Any, Any]
     if framework == "jax":
@@ -40,14 +41,15 @@ def train(
     adam = importlib.import_module(f"gradlab.{framework}").optimizers.adam(rate)
     gradient = gradient_of(loss)
 
-    def step(params: Any, memory: Any, batch: Any) -> Any:
+    def step(params: Any, memory: Any, share: Any, batch: Any) -> Any:
         value, slope = gradient(params, *batch)
         updates, memory = adam.update(slope, memory, params)
-        return {key: params[key] + updates[key] for key in params}, memory, value
+        return {key: params[key] + share * updates[key] for key in params}, memory, value
 
     step, memory, losses, began = compiled(step), adam.init(params), [], 0.0
     for i in track(range(count), name, console=console()):
-        params, memory, value = step(params, memory, [array(x) for x in next(batches)])
+        share = array(np.float32((1 + np.cos(np.pi * i / count)) / 2))
+        params, memory, value = step(params, memory, share, [array(x) for x in next(batches)])
         losses.append(float(value))
         began = time.perf_counter() if i == 0 else began
     return params, losses, (time.perf_counter() - began) / max(count - 1, 1)
