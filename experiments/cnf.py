@@ -80,7 +80,7 @@ def load(framework: str) -> Any:
             tree=jax.tree.map,
             compiled=jax.jit,
             tanh=jnp.tanh,
-            with_time=lambda z, t: jnp.append(z, t.astype(z.dtype)),
+            with_time=lambda z, t: jnp.append(z, jnp.asarray(t, z.dtype)),
             with_time_all=lambda z, t: jnp.concatenate([z, jnp.full((len(z), 1), t, z.dtype)], 1),
         )
     import torch

@@ -6,8 +6,8 @@ Chen et al. 2018: y' = network(y³), fitted to short pieces of the spiral y' = A
 Dupont et al. 2019: scikit-learn's digits as the start of an ODE whose end a linear layer classifies, with 16 more
 dimensions that start at zero, and without; against the linear layer alone. Expected: both frameworks, from the same
 weights and batches, with the same losses until their rounding has grown; the spiral followed to a few tenths (over 25
-units of time a small error is a lag of phase); the digits told apart better than by the linear layer. Aborts where `check.derivatives` fails. One line a framework in
-results/neural_ode.jsonl, a table, a figure.
+units of time a small error is a lag of phase); the digits told apart better than by the linear layer. Aborts where
+`check.derivatives` fails. One line a framework in results/neural_ode.jsonl, a table, a figure.
 """
 
 from __future__ import annotations

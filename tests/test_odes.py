@@ -150,6 +150,16 @@ def test_error_of_a_gradient(framework, name, tolerance):
         assert off <= 100 * tolerance, key
 
 
+def test_a_float32_state_with_float64_times(fw):
+    """f is given t in the dtype of y, and so are cotangents."""
+    y0, ts = fw.array([1.0, 2.0], dtype="float32"), fw.array([0.0, 0.5])
+    ends = lambda y: fw.gl.odeint(lambda t, y: -y * t, y, ts).ys[-1]
+    found = fw.grad(lambda y: ends(y).sum())(y0)
+    assert "float32" in str(ends(y0).dtype)
+    assert "float32" in str(found.dtype)
+    assert np.allclose(fw.numpy(found), np.exp(-0.125), rtol=1e-4, atol=0)
+
+
 def test_backwards_in_time(fw):
     back = fw.array([2.0, 0.5, 0.0])
     ys = fw.gl.odeint(lambda t, y: -y + t, fw.array([1.0]), back, rtol=1e-10, atol=1e-12).ys

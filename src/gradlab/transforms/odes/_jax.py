@@ -40,7 +40,7 @@ def odeint(
     options = Options(method, adjoint, rtol, atol, step_size, 4096 if max_steps is None else max_steps, throw)
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
-    ts = times(ts)
+    ts, options = times(ts, jnp.result_type(*tree.leaves)), with_room(options, ts)
     args = jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "__array__") else x, args)
     t, y = ts[0], tree.put(tree.leaves)
     refuse_unlike(tree, jax.eval_shape(lambda: f(t, y, *args)))
@@ -80,8 +80,8 @@ def with_room(options: Options, ts: Any) -> Options:
     return replace(options, max_steps=min(options.max_steps, room))
 
 
-def times(ts: Any) -> Any:
-    """The times as one vector of floats."""
+def times(ts: Any, dtype: Any) -> Any:
+    """The times as one vector of floats, no finer than the state: diffrax would make the state as fine as them."""
     ts = jnp.asarray(ts)
     if ts.ndim != 1 or len(ts) < 1:
         raise KindError(
@@ -89,7 +89,7 @@ def times(ts: Any) -> Any:
         )
     if jnp.iscomplexobj(ts) or ts.dtype == bool:
         raise KindError(f"odeint: ts is of {ts.dtype}; pass times as floats")
-    ts = ts if jnp.issubdtype(ts.dtype, jnp.floating) else ts.astype(jnp.result_type(float))
+    ts = ts.astype(jnp.promote_types(dtype, jnp.float32))
     steps = jnp.diff(ts)
     bad = ~(jnp.isfinite(ts).all() & ((steps > 0).all() | (steps < 0).all()))
     if not isinstance(bad, jax.core.Tracer):
