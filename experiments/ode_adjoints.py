@@ -48,7 +48,8 @@ PROBLEMS = {"smoke": ("linear", "lotka_volterra"), "paper": (*EQUATIONS, "neural
 TOLERANCES = {"smoke": (1e-3, 1e-6), "paper": (1e-3, 1e-5, 1e-7, 1e-9)}
 STEPS = {"smoke": (16, 256), "paper": (16, 256, 4096, 10000)}
 REPEATS = {"smoke": 5, "paper": 20}
-MAX_STEPS = {"jax": 2**16, "torch": 2**20}  # jax's direct adjoint holds room for as many
+MAX_STEPS = {"jax": 2**12, "torch": 2**20}  # jax's direct adjoint is compiled for as many
+MANY = {"jax": 2**16, "torch": 2**20}  # of van der Pol's equation
 SHORT_S, LONG_S = 2.0, 20.0  # calls above are timed once, and without their memory; and left out when tighter
 
 
@@ -179,7 +180,7 @@ def measure(fw: Tools, problem: Problem, preset: str) -> list[dict[str, Any]]:
         rtol,
         adjoint=adjoint,
         method=problem.method,
-        max_steps=MAX_STEPS[fw.name],
+        max_steps=(MANY if "van_der_pol" in problem.name else MAX_STEPS)[fw.name],
     )
     if problem.truth is None:
         finest = fw.gradient(lambda x: solved(x, 1e-10, "auto")[0], x, False)
@@ -221,7 +222,7 @@ def cost(fw: Tools, gradient: Any, x: Any, preset: str, error: Callable[[Any], f
         synchronise=fw.wait,
         repeats=REPEATS[preset],
         warmup=1,
-        budget_s=5.0,
+        budget_s=1.0,
         now=process_time,
     )
     return {**found, "seconds": timing[""].median_s, "bytes": fw.bytes(gradient, x)}
