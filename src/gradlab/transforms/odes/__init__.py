@@ -71,8 +71,8 @@ def odeint(
             states at later ts are the one at the event. None: there is no event.
         compile: In torch, whether a step of an explicit method is compiled, forwards and of the cotangent, at the first
             call: a minute of waiting. Another f, shape, dtype or method is compiled anew; the numbers that f closes
-            over may change. Under a transform, in derivatives of derivatives and where steps are recorded
-            (`"direct"`), they run as they do without. In jax there is nothing to do: put `jax.jit` around the call.
+            over may change. Under a transform, in derivatives of derivatives and of `"checkpoint"` they run as they do
+            without. In jax there is nothing to do: put `jax.jit` around the call.
 
     Returns:
         `Solution(ys, stats, status, gradient_error, event_time)`: ys a tree like y0 with a leading axis of T times;

@@ -68,6 +68,11 @@ class Implicit(dfx.AbstractSolver):
         result = dfx.RESULTS.where(found, dfx.RESULTS.successful, dfx.RESULTS.nonlinear_divergence)
         return state, error, dense, last, result
 
+    def factors(self, f: Callable[..., Any], t: Any, h: Any, y: Any) -> Any:
+        """Of I - h γ ∂f/∂y."""
+        J = jax.jacfwd(lambda x: f(t, x))(y)
+        return lu_factor(jnp.eye(len(y), dtype=y.dtype) - h * self.tableau.diagonal * J)
+
     @property
     def quadrature(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """θ of its nodes, their weights, and the rows by which K gives the states there."""
@@ -96,7 +101,7 @@ class Esdirk(Implicit):
         """kᵢ = h f(t + cᵢ h, y + Σⱼ aᵢⱼ kⱼ + γ kᵢ), the first being known from the last step."""
         tableau, n = self.tableau, self.tableau.stages
         gamma = tableau.diagonal
-        lu = lu_factor(jnp.eye(len(y), dtype=y.dtype) - h * gamma * jax.jacfwd(lambda x: f(t0, x))(y))
+        lu = self.factors(f, t0, h, y)
         rows = lambda lists: jnp.array(padded(lists)[1:], y.dtype)
         size = lambda x, scale: self.norm(unravel(x / scale))
 
@@ -143,7 +148,7 @@ class Rosenbrock(Implicit):
         """(I - h γ J) uᵢ = γ (h f(t + cᵢ h, y + Σⱼ aᵢⱼ uⱼ) + Σⱼ couplingᵢⱼ uⱼ + h² driftᵢ ∂f/∂t)."""
         tableau, n = self.tableau, self.tableau.stages
         gamma = tableau.diagonal
-        lu = lu_factor(jnp.eye(len(y), dtype=y.dtype) - h * gamma * jax.jacfwd(lambda x: f(t0, x))(y))
+        lu = self.factors(f, t0, h, y)
         in_time = jax.jvp(lambda t: f(t, y), (t0,), (dt,))[1].astype(y.dtype)
         rows = lambda lists: jnp.array(padded(lists), y.dtype)
 

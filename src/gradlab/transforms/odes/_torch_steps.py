@@ -210,7 +210,9 @@ class Run:
         short = least(100 * h, longer)
         if self.tableau.implicit:
             return least(short, span)
-        rate = least(change / most(d1, 1e-300), 1e30)  # were each derivative as much larger than the one before
+        rate = least(
+            change / most(d1, 1e-300), 1e30
+        )  # were each derivative as much larger than the one before
         term = (0.1 * factorial(order) / most(d1 * rate ** (order - 1), 1e-300)) ** (1 / order)
         return least(least(most(short, term), 10 * short), span)
 
