@@ -176,10 +176,10 @@ class Options:
         """Of arithmetic with this rounding, for a state of parts with absolute tolerances in these scales.
 
         Steps that are recorded for an adjoint are ten times finer, as it is carried back along their polynomials. Its
-        own are four times finer, which makes van der Pol's (mu = 10, to t = 50) good to 70 times the tolerance, where
-        it would be 300; and its absolute tolerance is a thousand times smaller, since it may shrink on its way and
-        grow again. It goes by kvaerno5 in the place of rodas5p, which would need the derivative of its Jacobian in
-        time.
+        own (but for backsolve's) are four times finer, and its absolute tolerance is a thousand times smaller, since
+        it may shrink on its way and grow again: so van der Pol's (mu = 10, to t = 50) is good to 70 times the
+        tolerance, where it would be 300. It goes by kvaerno5 in the place of rodas5p, which would need the derivative
+        of its Jacobian in time.
         """
         from gradlab.transforms.odes.tableaux import METHODS
 
@@ -188,7 +188,7 @@ class Options:
         if recorded:
             rtol, atol = rtol / 10, atol / 10
         elif backward:
-            rtol, atol = rtol / 4, atol / 1000
+            rtol, atol = rtol if self.adjoint == "backsolve" else rtol / 4, atol / 1000
         rtol = max(rtol, 8 * eps)
         tableau = METHODS["kvaerno5"] if backward and self.method == "rodas5p" else self.tableau
         return Tolerance(tableau, self.stiff, rtol, atol, self.step_size, self.max_steps, parts)
