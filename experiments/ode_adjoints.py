@@ -198,7 +198,7 @@ def measure(fw: Tools, problem: Problem, preset: str) -> list[dict[str, Any]]:
             gradient = fw.gradient(value, x, adjoint == "forward")
             row |= cost(fw, gradient, x, preset, lambda found: problem.error(np.asarray(found)))
         except RuntimeError as refusal:
-            row["refused"] = str(refusal).split(";")[0][-200:]
+            row["refused"] = "odeint:" + str(refusal).partition("odeint:")[2].partition(";")[0][:200]
         if row.get("seconds", 0) > LONG_S:
             slow.add(adjoint)
         if adjoint == "auto":
