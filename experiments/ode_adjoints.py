@@ -359,6 +359,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     for line, (along, problem, across) in zip(axes, lines, strict=True):
         for axis, (record, key) in zip(line, across, strict=True):
             rows = [row for row in record["rows"] if row["problem"] == problem and along in row]
+            if not rows:
+                axis.axis("off")
+                continue
             for name, colour in COLOURS.items():
                 points = [(row[along], row[key]) for row in rows if row["adjoint"] == name and row.get(key)]
                 if points:
