@@ -35,6 +35,7 @@ LONGER = (
     "test_models.py::test_every_operation_on_a_real_model[jax]",
     "test_models.py::test_tied_weights_and_training_statistics",
     "test_odes.py::test_backwards_in_time[jax]",
+    "test_odes_adjoints.py::test_fixed_steps_of_jax_hold_no_room_for_more",
     "test_odes_adjoints.py::test_more_steps_than_a_segment_of_jax[backwards]",
     "test_odes.py::test_closures[jax]",
     "test_odes.py::test_examples_have_steps_of_their_own[jax]",
