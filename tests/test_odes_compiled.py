@@ -83,6 +83,10 @@ def test_compiled_steps_that_are_recorded(method, monkeypatch):
     )
     close(gradients(f, y0, params, w, compile=True, **options), gradients(f, y0, params, w, **options))
     assert set(kinds) == {"forwards", "slopes", "recorded"}
+    for compile in (True, False):
+        ys = gl.odeint(f, y0, TIMES, w, **OPTIONS | options, compile=compile).ys
+        again = [torch.autograd.grad(ys.sum(), params, retain_graph=True) for _ in range(2)]
+        close(*again)
     second = []
     for compile in (True, False):
         ys = gl.odeint(f, y0, TIMES, w, **OPTIONS | options, compile=compile).ys

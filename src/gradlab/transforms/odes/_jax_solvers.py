@@ -168,7 +168,8 @@ class Integrator:
         until = jnp.where(seen, t1, t)
         late = self.run(second, field, t, until, y, args, ts=later, dense=dense, size=size)
         counts = jax.tree.map(jnp.add, early.counts, late.counts) | {"stiff": late.counts["accepted"]}
-        many = ~dense & (counts["accepted"] + counts["rejected"] > self.tolerance.max_steps)
+        taken = counts["accepted"] + counts["rejected"]  # of a segment, it may be as many by each method
+        many = taken > self.tolerance.max_steps * (2 if dense else 1)
         status = jnp.where(seen, jnp.where(many, Status.MAX_STEPS, late.status), early.status)
         ys = None
         if ts is not None:

@@ -32,7 +32,6 @@ class Tape(Trajectory):
         self.latest: Any = []
         self.first: Any = None
         self.steps: list[Any] = []
-        self.total: list[Any] = [None] * len(self.leaves)
 
     def slopes(self, _: Any, t: Any, y: Any) -> tuple[Any, Any]:
         """f, recorded."""
@@ -52,6 +51,10 @@ class Tape(Trajectory):
         """As of a trajectory."""
         super().add(start, end, y, polynomial)
         self.steps.append(self.latest)
+
+    def clear(self) -> None:
+        """Nothing is pulled back yet: a graph that is kept may be so more than once."""
+        self.total: list[Any] = [None] * len(self.leaves)
 
     def back(self, k: int, h: float, own: Any, moved: Any, slope: Any) -> tuple[Any, Any]:
         """Cotangents of the state and the slope at the start of step k, from those at its end and of its slopes."""
@@ -101,6 +104,9 @@ class Compiled(Trajectory):
         self.run = problem.bound.recorded(params, self.wanted)
         self.latest: Any = None
         self.steps: list[Any] = []
+
+    def clear(self) -> None:
+        """As of Tape."""
         self.total: Any = 0.0
 
     def note(self, slopes: Any) -> None:
@@ -174,6 +180,7 @@ def pulled(tape: Tape | Compiled, ts: Any, us: Any) -> tuple[Any, list[Any]]:
     times, last, dense = on_host(ts, 1)[0], len(tape.steps), np.array(tape.tableau.dense)
     index = np.minimum(np.searchsorted(tape.knots[0], tape.direction[0] * times), last - 1)
     moved, slope = torch.zeros_like(us[0]), None
+    tape.clear()
     for k in range(last - 1, -1, -1):
         start, end = tape.starts[k][0], tape.ends[k][0]
         own, before = None, 0.0
