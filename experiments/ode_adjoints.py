@@ -50,7 +50,7 @@ STEPS = {"smoke": (16, 256), "paper": (16, 256, 4096, 10000)}
 REPEATS = {"smoke": 5, "paper": 20}
 MAX_STEPS = {"jax": 2**12, "torch": 2**20}  # jax's direct adjoint is compiled for as many
 MANY = {"jax": 2**16, "torch": 2**20}  # of van der Pol's equation
-SHORT_S, LONG_S = 2.0, 20.0  # calls above are timed once, and without their memory; and left out when tighter
+SHORT_S, LONG_S = 0.5, 20.0  # calls above are timed once, and without their memory; and left out when tighter
 
 
 @dataclass(frozen=True)
