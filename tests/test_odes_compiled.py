@@ -44,7 +44,7 @@ def test_compiled_steps_are_the_others(monkeypatch):
         _torch_compiled.Program, "run", lambda self, key, *rest: kinds.append(key[0]) or run(self, key, *rest)
     )
     close(gradients(f, y0, params, w, compile=True), gradients(f, y0, params, w))
-    assert set(kinds) == {"forwards", "slopes", "backwards"}
+    assert set(kinds) == {"begin", "forwards", "slopes", "backwards"}
     (programs,) = [t.programs for code, t in _torch_compiled._traced.items() if code is f.__code__]
     (program,) = programs.values()
     before = dict(program.steps)
@@ -82,7 +82,7 @@ def test_compiled_steps_that_are_recorded(method, monkeypatch):
         _torch_compiled.Program, "run", lambda self, key, *rest: kinds.append(key[0]) or run(self, key, *rest)
     )
     close(gradients(f, y0, params, w, compile=True, **options), gradients(f, y0, params, w, **options))
-    assert set(kinds) == {"forwards", "slopes", "recorded"}
+    assert set(kinds) == {"begin", "forwards", "slopes", "recorded"}
     for compile in (True, False):
         ys = gl.odeint(f, y0, TIMES, w, **OPTIONS | options, compile=compile).ys
         again = [torch.autograd.grad(ys.sum(), params, retain_graph=True) for _ in range(2)]

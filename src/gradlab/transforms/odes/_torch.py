@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.utils import _pytree as pytree
 
 from gradlab._errors import InputError, KindError, StrategyError
 from gradlab.transforms.custom_rules._torch_levels import (
@@ -26,7 +25,7 @@ from gradlab.transforms.odes._torch_rules import direction, tangent, warn
 from gradlab.transforms.odes._torch_systems import UNFOLLOWED, Equation, Problem
 from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution, check_equation
 from gradlab.transforms.repairs._torch import Level, Repair, repaired, unseen
-from gradlab.transforms.trees._torch import Tree, as_tensors
+from gradlab.transforms.trees._torch import Tree, as_tensors, flatten, unflatten
 
 
 @torch.compiler.disable  # the number of steps depends on the numbers
@@ -58,7 +57,7 @@ def odeint(
     tree = Tree("odeint", "y0", y0)
     check_equation(f, tree)
     ts = times(ts, tree)
-    leaves, spec = pytree.tree_flatten(tuple(as_tensors(args)))
+    leaves, spec = flatten(tuple(as_tensors(args)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     bare = all(isinstance(x, torch.Tensor) for x in args)
     tensors = [leaves[i] for i in places]
@@ -69,7 +68,7 @@ def odeint(
         filled = list(leaves)
         for i, x in zip(places, tensors, strict=True):
             filled[i] = x
-        return pytree.tree_unflatten(filled, spec)
+        return unflatten(spec, filled)
 
     y = tree.ravel(tree.leaves)
     equation = Equation(f, form(tree), put, [])
@@ -120,7 +119,8 @@ def discrepancy(problem: Problem, scales: Any, ts: Any, y: Any, params: list[Any
 
 def form(tree: Tree) -> Tree:
     """A tree of the same form without its numbers, which may be those of a transform."""
-    plain = [torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape) for x in tree.leaves]
+    kind = lambda x: {"dtype": x.dtype, "device": x.device}
+    plain = [torch.empty_strided(x.shape, (0,) * x.ndim, **kind(x)) for x in tree.leaves]
     return Tree("odeint", "y0", tree.put(plain))
 
 

@@ -80,6 +80,20 @@ class Bound:
 
         return step
 
+    def begin(self, params: Sequence[Any]) -> Callable[..., Any]:
+        """The first slope of one example, and what its first step is chosen by."""
+        program, others = self.program, self.others(params)
+
+        def first(run: Any) -> Any:
+            tensor = lambda *x: torch.tensor(x, dtype=run.y.dtype, device=run.y.device)
+            tol = tensor(run.tolerance.rtol, float(run.tolerance.atol))
+            at = tensor(run.t, run.end - run.t)
+            slope, found = program.run(("begin",), euler_step, (), run.y.view(-1), at, tol, *others)
+            run.evaluations += 1
+            return slope.view(run.shape), found.tolist()
+
+        return first
+
     def recorded(self, params: Sequence[Any], wanted: Sequence[int]) -> Callable[..., Any]:
         """A recorded step pulled back; `start`, the slope at the start."""
         program, others = self.program, self.others(params)
@@ -185,6 +199,23 @@ def errors(tableau: Any, slopes: Sequence[Any], h: Any, watched: bool) -> list[A
     """What the rows of the weights of errors are of."""
     rows = weights(tableau, torch.float64, torch.device("cpu")).error[: 4 if watched else 2].tolist()
     return [h * combined(row, slopes) for row in rows]
+
+
+def euler_step(program: Program) -> Callable[..., Any]:
+    """As of Run, after the slope at its start."""
+
+    def step(y: Any, at: Any, tol: Any, *others: Any) -> Any:
+        t, span = at.unbind()
+        slope = program.slope(t, y, others)
+        size = lambda x: sizes([x], y, y, tol)[0]
+        d0, d1 = size(y), size(slope)
+        h = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+        h = torch.minimum(h, span.abs())
+        step = torch.copysign(h, span)
+        later = program.slope(t + step, y + step * slope, others)
+        return slope, torch.stack([d1, h, size(later - slope)])
+
+    return step
 
 
 def forward_step(

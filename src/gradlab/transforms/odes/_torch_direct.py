@@ -108,6 +108,7 @@ class Compiled(Trajectory):
     def clear(self) -> None:
         """As of Tape."""
         self.total: Any = 0.0
+        self.nothing = torch.zeros_like(self.latest)  # of the slopes of a step
 
     def note(self, slopes: Any) -> None:
         """Those of the latest step."""
@@ -121,10 +122,8 @@ class Compiled(Trajectory):
     def back(self, k: int, h: float, own: Any, moved: Any, slope: Any) -> tuple[Any, Any]:
         """As of Tape."""
         y, slopes = self.steps[k]
-        slope, own = (
-            z if x is None else x
-            for x, z in ((slope, moved.new_zeros(len(moved))), (own, slopes.new_zeros(slopes.shape)))
-        )
+        slope = self.nothing[0] if slope is None else slope
+        own = self.nothing if own is None else own
         at = torch.tensor([self.starts[k][0], h], dtype=y.dtype, device=y.device)
         moved, slope, total = self.run(self.tableau, moved, slope, own, y, slopes, at)
         self.total = self.total + total
@@ -140,7 +139,7 @@ class Compiled(Trajectory):
     def grads(self) -> list[Any]:
         """As of Tape."""
         sizes = [p.numel() for p in self.leaves]
-        parts = torch.split(self.total, sizes) if sizes else ()
+        parts = self.total.split_with_sizes(sizes) if sizes else ()
         return [g.view(p.shape) for g, p in zip(parts, self.leaves, strict=True)]
 
 
@@ -159,7 +158,8 @@ class Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, us: Any, _: Any) -> Any:
-        scales, ts, y0, *params = map(ctx.problem.own, ctx.saved_tensors)
+        scales, ts, y0, *params = ctx.saved_tensors
+        params = [ctx.problem.own(p) for p in params]
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[4:]) if need]
         if torch.is_grad_enabled():
             xs = [(y0, *params)[i] for i in wanted]

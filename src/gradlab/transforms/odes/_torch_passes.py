@@ -28,13 +28,14 @@ def solve(
     times = checked(problem, on_host(ts, len(y)))
     rates = problem.field(params)
     tape, bound = isinstance(record, Trajectory), problem.bound
-    first = getattr(problem.system, "first", None) if one and not tape else None
+    first = getattr(problem.system, "first", None) if one and not tape and bound is None else None
     shape = problem.system.shape if one else None
     flat = rates if shape is None else lambda t, y: rates(t, y.view(shape)).reshape(1, -1)
     field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(flat, t, y), shape=shape)
     if bound is not None:
         whole = record is True or len(ts) > 2 or event is not None
         field.compiled = bound.forwards(params, whole, record.note if tape else None)
+        field.begin = bound.begin(params)
     elif tape:
         field.slopes, field.ahead = record.slopes, record.ahead
     keep = record if tape or record == "steps" else record and problem.options.adjoint != "backsolve"
@@ -68,10 +69,12 @@ def on_host(ts: Any, count: int) -> np.ndarray:
 
 def checked(problem: Problem, ts: np.ndarray) -> np.ndarray:
     """Times that rise or fall throughout."""
-    steps = ts[:, 1:] - ts[:, :-1]
     if problem.repeats:
         return ts
-    if not (np.isfinite(ts).all() and ((steps > 0) == (steps[:, :1] > 0)).all() and steps.all()):
+    steps = ts[:, 1:] - ts[:, :-1]
+    with np.errstate(all="ignore"):
+        alike = steps / steps[:, :1]
+    if not ((alike > 0) & (alike < np.inf)).all():
         raise InputError(
             "odeint: ts is not sorted, or holds a time twice; pass times that rise, or fall, throughout"
         )

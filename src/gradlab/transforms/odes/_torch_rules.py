@@ -151,8 +151,9 @@ def applied(function: Any, *args: Any) -> Any:
 
 def counted(solved: Any) -> Any:
     """Evaluations, steps and rejections, and the status, of each example."""
-    evaluations = np.full_like(solved.status, solved.evaluations)
-    return torch.from_numpy(np.stack([evaluations, solved.steps, solved.rejected, solved.status], -1))
+    counts = np.empty((4, len(solved.status)), np.int64)
+    counts[0], counts[1], counts[2], counts[3] = solved.evaluations, solved.steps, solved.rejected, solved.status
+    return torch.from_numpy(counts.T)
 
 
 def put(values: Sequence[Any], places: Sequence[int], some: Sequence[Any]) -> list[Any]:

@@ -33,6 +33,7 @@ class Field:
         None  # told of the times of one example's step, to prepare for them
     )
     compiled: Callable[..., Any] | None = None  # a whole step of one example
+    begin: Callable[..., Any] | None = None  # its first slope and what the first step is chosen by, compiled
     shape: tuple[int, ...] | None = None  # of one example's states and slopes there; None: (1, n)
 
     def __call__(self, time: Any, t: Any, y: Any) -> tuple[Any, Any]:
@@ -174,7 +175,8 @@ class Single(Stages):
         self.weights = weights(tableau, run.y.dtype, run.y.device)
         self.flat = run.y.new_empty(tableau.stages, run.y.numel())
         self.rows = self.flat.view(-1, *(run.shape if run.f.shape is None else run.f.shape)).unbind()
-        self.before = [None, *(self.flat.T.narrow(1, 0, i) for i in range(1, tableau.stages))]
+        columns = self.flat.T
+        self.before = [None, *(columns.narrow(1, 0, i) for i in range(1, tableau.stages))]
 
     def __call__(self, t: Any, h: Any) -> tuple[Any, Any, Any, Any]:
         """As of Stages."""

@@ -84,7 +84,7 @@ class Run:
         self.least, self.most, self.every, self.some = pairs
         self.chosen = (lambda mask, a, b: a if mask else b) if self.one else np.where
         self.ts = ts
-        self.ahead = (ts * np.sign(ts[:, -1:] - ts[:, :1])).tolist()  # rising
+        self.ahead = [[t if row[0] < row[-1] else -t for t in row] for row in ts.tolist()]  # rising
         self.reached = [0] * B  # of ts, the last that is passed
         self.t, self.end = self.numbers(ts[:, 0]), self.numbers(ts[:, -1])
         self.direction = self.numbers(np.sign(ts[:, -1] - ts[:, 0]))
@@ -105,11 +105,14 @@ class Run:
         if isinstance(record, Trajectory):
             self.trajectory = record
         self.switched: int | None = None
-        self.slope, self.integrand = start.slope, None
-        if start.slope is None:
-            self.slope, self.integrand = self.at(self.t, y)
-        else:
+        self.slope, self.integrand, self.begun = start.slope, None, None
+        if start.slope is not None:
             self.evaluations += 1
+        elif f.begin is not None and tolerance.step_size is None:
+            self.slope, self.begun = f.begin(self)
+            self.evaluations += 1
+        else:
+            self.slope, self.integrand = self.at(self.t, y)
         self.first = self.slope
         self.integrals = None if self.integrand is None else torch.zeros_like(self.integrand)
         self.stages = stages(self, self.tableau)
@@ -120,7 +123,7 @@ class Run:
         self.measure()
         self.size = y.abs()
         bad = ~np.isfinite(self.norm(self.slope, None))
-        self.status += bad * Status.NOT_FINITE
+        self.status = self.chosen(bad, Status.NOT_FINITE, self.status)
         self.going = (self.t != self.end) & self.unless(bad)
         span = self.most(self.end - self.t, self.t - self.end)
         if tolerance.step_size is not None:
@@ -195,13 +198,8 @@ class Run:
     def first_step(self, span: Any) -> Any:
         """By the sizes of y, of f and of its change along an Euler step (Hairer, Nørsett and Wanner 1993, II.4)."""
         least, most, order = self.least, self.most, self.tableau.error_order + 1
-        scale = self.scale(self.size)
-        d0, d1 = self.norms(torch.stack([self.y, self.slope]), scale)
-        h = self.chosen((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / most(d1, 1e-5))
-        h = least(h, span)
-        y = torch.addcmul(self.y, self.column(self.direction * h), self.slope)
-        slope, _ = self.at(self.t + self.direction * h, y)
-        change = self.norm(slope - self.slope, scale) / most(h, 1e-300)
+        d1, h, change = self.euler_step(span) if self.begun is None else self.begun
+        change = change / most(h, 1e-300)
         change = self.chosen(np.isfinite(change), change, 1e15)
         larger = most(d1, change)
         longer = self.chosen(
@@ -215,6 +213,16 @@ class Run:
         )  # were each derivative as much larger than the one before
         term = (0.1 * factorial(order) / most(d1 * rate ** (order - 1), 1e-300)) ** (1 / order)
         return least(least(most(short, term), 10 * short), span)
+
+    def euler_step(self, span: Any) -> tuple[Any, Any, Any]:
+        """The size of f, how long a short step is, and how much f changes along it."""
+        scale = self.scale(self.size)
+        d0, d1 = self.norms(torch.stack([self.y, self.slope]), scale)
+        h = self.chosen((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / self.most(d1, 1e-5))
+        h = self.least(h, span)
+        y = torch.addcmul(self.y, self.column(self.direction * h), self.slope)
+        slope, _ = self.at(self.t + self.direction * h, y)
+        return d1, h, self.norm(slope - self.slope, scale)
 
     def step(self) -> None:
         """One step of every example that has not finished, kept where its error is small enough."""
@@ -340,18 +348,19 @@ class Run:
 
     def result(self) -> Solved:
         trajectory = None if self.trajectory is None else self.trajectory.close()
-        whole = lambda numbers: np.array(numbers, dtype=np.int64).reshape(-1)
-        self.events = np.reshape(self.events, -1)
+        each = lambda numbers, kind=None: np.array(numbers, kind).reshape(-1)
+        whole = lambda numbers: each(numbers, np.int64)
+        self.events = each(self.events)
         return Solved(
             self.ys,
             self.integrals,
-            np.reshape(self.t, -1),
+            each(self.t),
             self.y,
             whole(self.accepted),
             whole(self.rejected),
             self.evaluations,
             whole(self.status),
-            np.reshape(self.stiff, -1),
+            each(self.stiff),
             self.switched,
             self.first,
             self.planned if self.tolerance.step_size is None else None,

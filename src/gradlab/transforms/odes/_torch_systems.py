@@ -212,16 +212,13 @@ class Problem:
 
     def own(self, tensor: Any) -> Any:
         """The closed-over tensor that this one is, as saved by autograd, where it is one; then f need not be told."""
-        if is_functorch_wrapped_tensor(tensor):
+        if is_functorch_wrapped_tensor(tensor) or any(x is tensor for x in self.closed):
             return tensor
         same = lambda x: (
-            x is tensor
-            or (
-                not is_functorch_wrapped_tensor(x)
-                and x.data_ptr() == tensor.data_ptr()
-                and x.grad_fn is tensor.grad_fn
-                and (x.shape, x.stride(), x.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
-            )
+            not is_functorch_wrapped_tensor(x)
+            and x.data_ptr() == tensor.data_ptr()
+            and x.grad_fn is tensor.grad_fn
+            and (x.shape, x.stride(), x.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
         )
         return next((x for x in self.closed if same(x)), tensor)
 

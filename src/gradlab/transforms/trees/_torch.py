@@ -178,7 +178,7 @@ class Tree:
 
     def split(self, flat: Any) -> Leaves:
         """Leaves from one flat vector (behind any leading axis)."""
-        parts = torch.split(flat, self.sizes, dim=-1)
+        parts = [flat] if len(self.leaves) == 1 else torch.split(flat, self.sizes, dim=-1)
         return [
             part.reshape(flat.shape[:-1] + x.shape).to(x) for part, x in zip(parts, self.leaves, strict=True)
         ]
