@@ -39,9 +39,12 @@ class Watching(dfx.Tsit5):
 
     By Hairer and Wanner II (1996), IV.2: h |k₇ - k₆| / |y₇ - y₆|, of the two stages at the end of a step, is h times
     the size of the Jacobian; stiff is what takes STIFF steps at the limit of stability, without RESET others on end.
+    Sizes are in units of the tolerances, as those of errors: else a large entry that is slow hides a fast one.
     """
 
     norm: Callable[[Any], Any] = eqx.field(static=True, default=None)
+    rtol: Any = None
+    atol: Any = None
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> Any:
         """Tsit5's own; how many steps at the limit of stability; how many others since the last."""
@@ -54,7 +57,9 @@ class Watching(dfx.Tsit5):
         sixth = lambda y, k: y + jnp.tensordot(jnp.array(TSIT5.a[5], k.dtype), k[:5], 1)
         apart = jax.tree.map(lambda y, end, k: end - sixth(y, k), y0, y1, dense["k"])
         slopes = jax.tree.map(lambda k: k[6] - k[5], dense["k"])
-        at_limit = self.norm(slopes) > LIMIT * self.norm(apart)
+        scale = lambda x, y, end: x / (self.atol + self.rtol * jnp.maximum(jnp.abs(y), jnp.abs(end)))
+        size = lambda x: self.norm(jax.tree.map(scale, x, y0, y1))
+        at_limit = size(slopes) > LIMIT * size(apart)
         other = jnp.where(at_limit, 0, other + 1)
         limit = jnp.where(at_limit, limit + 1, jnp.where(other >= RESET, 0, limit))
         result = dfx.RESULTS.where(limit >= STIFF, dfx.RESULTS.stagnation, result)
@@ -208,7 +213,7 @@ class Integrator:
         saved = {"end": dfx.SubSaveAt(t1=True)} | ({} if ts is None else {"at": dfx.SubSaveAt(ts=ts)})
         run = dfx.diffeqsolve(
             dfx.ODETerm(field),
-            Watching(norm=self.whole) if watching else self.solver(tableau),
+            Watching(norm=self.whole, rtol=asked.rtol, atol=asked.atol) if watching else self.solver(tableau),
             t0,
             t1,
             dt0,

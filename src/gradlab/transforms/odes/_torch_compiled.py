@@ -94,19 +94,21 @@ class Bound:
 
         return first
 
-    def recorded(self, params: Sequence[Any], wanted: Sequence[int]) -> Callable[..., Any]:
-        """A recorded step pulled back; `start`, the slope at the start."""
+    def recorded(
+        self, params: Sequence[Any], wanted: Sequence[int]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The pullbacks of a recorded step, and of the first slope."""
         program, others = self.program, self.others(params)
         places = [(self.place(i), params[i].numel()) for i in wanted]
 
-        def back(tableau: Any, *given: Any) -> Any:
-            if tableau is None:
-                moved, total, _ = program.run(("slopes", *places), pullback, (places, False), *given, *others)
-                return moved, total
+        def step(tableau: Any, *given: Any) -> Any:
             key = "recorded", tableau.name, *places
             return program.run(key, recorded_step, (tableau, places), *given, *others)
 
-        return back
+        def first(*given: Any) -> Any:
+            return program.run(("slopes", *places), pullback, (places, False), *given, *others)[:2]
+
+        return step, first
 
     def backwards(self, *given: Any) -> Backwards:
         """Those of the adjoint."""

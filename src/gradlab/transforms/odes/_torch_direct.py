@@ -52,24 +52,24 @@ class Tape(Trajectory):
         super().add(start, end, y, polynomial)
         self.steps.append(self.latest)
 
-    def clear(self) -> None:
+    def clear(self, u: Any) -> None:
         """Nothing is pulled back yet: a graph that is kept may be so more than once."""
-        self.total: list[Any] = [None] * len(self.leaves)
+        self.total = [torch.zeros_like(p) for p in self.leaves]
+        self.D = u.new_zeros(self.tableau.stages, len(u))
 
     def back(self, k: int, h: float, own: Any, moved: Any, slope: Any) -> tuple[Any, Any]:
         """Cotangents of the state and the slope at the start of step k, from those at its end and of its slopes."""
-        last, a = self.tableau.stages - 1, weights(self.tableau, moved.dtype, moved.device).back
-        D = moved.new_empty(last + 1, len(moved))
+        last, D, columns, rows = self.tableau.stages - 1, self.D, self.D.T, self.D.unbind()
+        a = (weights(self.tableau, moved.dtype, moved.device).back * h).unbind()  # 0 for the stages before
+        rows[last].copy_(moved)
         for i in range(last, -1, -1):
-            g = slope if i == last else None
+            g = slope if i == last else torch.mv(columns, a[i])
             if own is not None:
                 g = own[i] if g is None else g + own[i]
-            if i < last:
-                later, row = D[i + 1 :].T, a[i]
-                g = torch.mv(later, row * h) if g is None else torch.addmv(g, later, row, alpha=h)
-            if i > 0:
-                back = 0.0 if g is None else self.pull(self.steps[k][i - 1], g)
-                D[i] = back + moved if i == last else back
+            if i == last and g is not None:
+                rows[i].add_(self.pull(self.steps[k][i - 1], g))
+            elif 0 < i < last:
+                rows[i].copy_(self.pull(self.steps[k][i - 1], g))
         return D[1:].sum(0), g
 
     def pull(self, stage: Any, u: Any) -> Any:
@@ -80,9 +80,9 @@ class Tape(Trajectory):
         back = _engine_run_backward(
             (slope,), (u.view(slope.shape),), True, False, (y, *self.leaves), True, accumulate_grad=False
         )
-        for i, g in enumerate(back[1:]):
-            if g is not None:
-                self.total[i] = g if self.total[i] is None else self.total[i] + g
+        pairs = [(x, g) for x, g in zip(self.total, back[1:], strict=True) if g is not None]
+        if pairs:
+            torch._foreach_add_(*zip(*pairs, strict=True))
         return torch.zeros_like(u) if back[0] is None else back[0].reshape(-1)
 
     def begin(self, slope: Any, _: float) -> Any:
@@ -91,7 +91,7 @@ class Tape(Trajectory):
 
     def grads(self) -> list[Any]:
         """The cotangents of the parameters."""
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.leaves, self.total, strict=True)]
+        return self.total
 
 
 class Compiled(Trajectory):
@@ -101,14 +101,14 @@ class Compiled(Trajectory):
         super().__init__(whole=False)
         self.wanted = [i for i, p in enumerate(params) if p.requires_grad]
         self.leaves, self.tableau = [params[i] for i in self.wanted], problem.options.tableau
-        self.run = problem.bound.recorded(params, self.wanted)
+        self.pull_step, self.pull_first = problem.bound.recorded(params, self.wanted)
         self.latest: Any = None
         self.steps: list[Any] = []
 
-    def clear(self) -> None:
+    def clear(self, u: Any) -> None:
         """As of Tape."""
         self.total: Any = 0.0
-        self.nothing = torch.zeros_like(self.latest)  # of the slopes of a step
+        self.nothing = u.new_zeros(self.tableau.stages, len(u))  # of the slopes of a step
 
     def note(self, slopes: Any) -> None:
         """Those of the latest step."""
@@ -125,14 +125,14 @@ class Compiled(Trajectory):
         slope = self.nothing[0] if slope is None else slope
         own = self.nothing if own is None else own
         at = torch.tensor([self.starts[k][0], h], dtype=y.dtype, device=y.device)
-        moved, slope, total = self.run(self.tableau, moved, slope, own, y, slopes, at)
+        moved, slope, total = self.pull_step(self.tableau, moved, slope, own, y, slopes, at)
         self.total = self.total + total
         return moved, slope
 
     def begin(self, slope: Any, t: float) -> Any:
         """As of Tape."""
         y = self.steps[0][0]
-        moved, total = self.run(None, -slope, torch.tensor(t, dtype=y.dtype, device=y.device), y)
+        moved, total = self.pull_first(-slope, torch.tensor(t, dtype=y.dtype, device=y.device), y)
         self.total = self.total + total
         return moved
 
@@ -180,7 +180,7 @@ def pulled(tape: Tape | Compiled, ts: Any, us: Any) -> tuple[Any, list[Any]]:
     times, last, dense = on_host(ts, 1)[0], len(tape.steps), np.array(tape.tableau.dense)
     index = np.minimum(np.searchsorted(tape.knots[0], tape.direction[0] * times), last - 1)
     moved, slope = torch.zeros_like(us[0]), None
-    tape.clear()
+    tape.clear(moved)
     for k in range(last - 1, -1, -1):
         start, end = tape.starts[k][0], tape.ends[k][0]
         own, before = None, 0.0

@@ -152,7 +152,12 @@ def applied(function: Any, *args: Any) -> Any:
 def counted(solved: Any) -> Any:
     """Evaluations, steps and rejections, and the status, of each example."""
     counts = np.empty((4, len(solved.status)), np.int64)
-    counts[0], counts[1], counts[2], counts[3] = solved.evaluations, solved.steps, solved.rejected, solved.status
+    counts[0], counts[1], counts[2], counts[3] = (
+        solved.evaluations,
+        solved.steps,
+        solved.rejected,
+        solved.status,
+    )
     return torch.from_numpy(counts.T)
 
 

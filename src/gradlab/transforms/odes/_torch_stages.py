@@ -84,7 +84,7 @@ class Weights:
     error: Any  # the error, the step, and (explicit methods) two differences of slopes and states at the end
     dense: Any
     c: Any
-    back: list[Any]  # of each stage, its weights in those after it
+    back: Any  # of each stage, its weights in all the others
     rounding: float  # of the error, as a share of the step
     inner: list[Any]  # what predicts a stage, or couples it to those before
 
@@ -105,7 +105,7 @@ def weights(tableau: Tableau | Rosenbrock, dtype: torch.dtype, device: torch.dev
         tensor(rows),
         tensor(tableau.dense),
         tensor(tableau.c),
-        [tensor([row[i] for row in tableau.a[i + 1 :]]) for i in range(len(tableau.a))],
+        tensor([[*row, *[0.0] * (tableau.stages - len(row))] for row in tableau.a]).T,
         3 * torch.finfo(dtype).eps * float(np.linalg.norm(tableau.error or 0.0)),
         [tensor(row) for row in inner],
     )
