@@ -1,5 +1,7 @@
 """odeint: closed forms under every nest of modes, steps, trees, closures, and what is refused."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ import gradlab
 from frameworks import FRAMEWORKS, load
 from gradlab import ConvergenceError, InputError, KindError
 from gradlab.bench.ode_problems import EQUATIONS
-from gradlab.transforms.odes.options import Status
+from gradlab.transforms.odes.options import Adjoint, Status
 from gradlab.transforms.odes.tableaux import METHODS
 
 X = np.array([0.3, 0.1, 0.0, 0.7, 2.0, 1.1, 0.7])  # y0, ts, a
@@ -158,6 +160,16 @@ def test_a_float32_state_with_float64_times(fw):
     assert "float32" in str(ends(y0).dtype)
     assert "float32" in str(found.dtype)
     assert np.allclose(fw.numpy(found), np.exp(-0.125), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("adjoint", get_args(Adjoint))
+def test_one_time_alone(fw, adjoint):
+    """Nothing to integrate: the state is y0."""
+    y0, t0 = fw.array([0.3, -1.2]), fw.array([0.5])
+    states = lambda y: fw.gl.odeint(lambda t, y: -t * y, y, t0, adjoint=adjoint).ys
+    mode = fw.jacfwd if adjoint == "forward" else fw.jacrev
+    assert np.array_equal(fw.numpy(states(y0)), fw.numpy(y0)[None])
+    assert np.array_equal(fw.numpy(mode(states)(y0)), np.eye(2)[None])
 
 
 def test_backwards_in_time(fw):

@@ -87,6 +87,8 @@ def test_compiled_steps_that_are_recorded(method, monkeypatch):
         ys = gl.odeint(f, y0, TIMES, w, **OPTIONS | options, compile=compile).ys
         again = [torch.autograd.grad(ys.sum(), params, retain_graph=True) for _ in range(2)]
         close(*again)
+    ys = gl.odeint(f, y0, TIMES[:1], w, **OPTIONS | options, compile=True).ys  # no step
+    close(torch.autograd.grad(ys.sum(), y0), [torch.ones_like(y0)])
     second = []
     for compile in (True, False):
         ys = gl.odeint(f, y0, TIMES, w, **OPTIONS | options, compile=compile).ys

@@ -107,7 +107,7 @@ class Compiled(Trajectory):
 
     def clear(self, u: Any) -> None:
         """As of Tape."""
-        self.total: Any = 0.0
+        self.total = u.new_zeros(sum(p.numel() for p in self.leaves))
         self.nothing = u.new_zeros(self.tableau.stages, len(u))  # of the slopes of a step
 
     def note(self, slopes: Any) -> None:
@@ -138,8 +138,7 @@ class Compiled(Trajectory):
 
     def grads(self) -> list[Any]:
         """As of Tape."""
-        sizes = [p.numel() for p in self.leaves]
-        parts = self.total.split_with_sizes(sizes) if sizes else ()
+        parts = self.total.split_with_sizes([p.numel() for p in self.leaves]) if self.leaves else ()
         return [g.view(p.shape) for g, p in zip(parts, self.leaves, strict=True)]
 
 
@@ -177,10 +176,12 @@ class Direct(torch.autograd.Function):
 
 def pulled(tape: Tape | Compiled, ts: Any, us: Any) -> tuple[Any, list[Any]]:
     """Cotangents of y0 and of the parameters, from those (T, n) of the states."""
+    tape.clear(us[0])
+    if not tape.steps:
+        return us.sum(0), tape.grads()
     times, last, dense = on_host(ts, 1)[0], len(tape.steps), np.array(tape.tableau.dense)
     index = np.minimum(np.searchsorted(tape.knots[0], tape.direction[0] * times), last - 1)
     moved, slope = torch.zeros_like(us[0]), None
-    tape.clear(moved)
     for k in range(last - 1, -1, -1):
         start, end = tape.starts[k][0], tape.ends[k][0]
         own, before = None, 0.0

@@ -347,7 +347,7 @@ class Run:
             self.going = chosen(self.going, False, self.going)
 
     def result(self) -> Solved:
-        trajectory = None if self.trajectory is None else self.trajectory.close()
+        trajectory = None if self.trajectory is None else self.trajectory.close(self.t, self.y)
         each = lambda numbers, kind=None: np.array(numbers, kind).reshape(-1)
         whole = lambda numbers: each(numbers, np.int64)
         self.events = each(self.events)

@@ -29,8 +29,10 @@ class Trajectory:
             self.values.append(y)
             self.polynomials.append(polynomial)
 
-    def close(self) -> Trajectory:
-        """Ready to be looked up; of two methods, with polynomials of one degree."""
+    def close(self, t: Any, y: Any) -> Trajectory:
+        """Ready to be looked up; of two methods, with polynomials of one degree. Without a step it stays at (t, y)."""
+        if not self.ends:
+            Trajectory.add(self, t, t, y, torch.zeros_like(y)[None])
         degree = max(map(len, self.polynomials), default=0)
         pad = lambda p: torch.nn.functional.pad(p, (0, 0, 0, 0, 0, degree - len(p)))
         self.polynomials = [p if len(p) == degree else pad(p) for p in self.polynomials]
