@@ -162,9 +162,17 @@ def test_a_float32_state_with_float64_times(fw):
     assert np.allclose(fw.numpy(found), np.exp(-0.125), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("adjoint", get_args(Adjoint))
-def test_one_time_alone(fw, adjoint):
+@pytest.mark.parametrize(
+    ("framework", "adjoint"),
+    [
+        pytest.param(framework, adjoint, marks=() if framework == "torch" else pytest.mark.slow)
+        for framework in FRAMEWORKS
+        for adjoint in get_args(Adjoint)
+    ],
+)
+def test_one_time_alone(framework, adjoint):
     """Nothing to integrate: the state is y0."""
+    fw = load(framework)
     y0, t0 = fw.array([0.3, -1.2]), fw.array([0.5])
     states = lambda y: fw.gl.odeint(lambda t, y: -t * y, y, t0, adjoint=adjoint).ys
     mode = fw.jacfwd if adjoint == "forward" else fw.jacrev

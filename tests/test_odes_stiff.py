@@ -97,10 +97,12 @@ def test_every_example_by_itself_in_torch(method):
     assert np.allclose(fw.numpy(many), [float(fw.grad(loss)(a)) for a in rates], rtol=1e-6, atol=1e-5)
 
 
-def test_the_switch_is_taken_once_and_only_where_needed():
-    fw = load("torch")
-    stiff = solve(fw, "robertson", method="auto", rtol=1e-4, atol=1e-8)
-    assert int(stiff.stats["accepted"]) < 200
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_the_switch_is_taken_once_and_only_where_needed(framework):
+    fw = load(framework)
+    for rtol in (1e-4, 1e-8):
+        stiff = solve(fw, "robertson", method="auto", rtol=rtol, atol=1e-4 * rtol)
+        assert int(stiff.stats["accepted"]) < 200
     explicit = solve(fw, "robertson", method="tsit5", rtol=1e-4, atol=1e-8, throw=False, max_steps=2000)
     assert int(explicit.status) != 0
     plain = {m: solve(fw, "lotka_volterra", method=m, rtol=1e-5, atol=1e-7) for m in ("auto", "tsit5")}
