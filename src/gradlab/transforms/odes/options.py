@@ -176,19 +176,22 @@ class Options:
         """Of arithmetic with this rounding, for a state of parts with absolute tolerances in these scales.
 
         Steps that are recorded for an adjoint are ten times finer, as it is carried back along their polynomials. Its
-        own (but for backsolve's) are four times finer, and its absolute tolerance is a thousand times smaller, since
-        it may shrink on its way and grow again: so van der Pol's (mu = 10, to t = 50) is good to 70 times the
-        tolerance, where it would be 300. It goes by kvaerno5 in the place of rodas5p, which would need the derivative
-        of its Jacobian in time.
+        own (but for backsolve's) are four times finer, and its absolute tolerance, which is in units of the largest
+        cotangent, is a thousandth of rtol, since it may shrink on its way and grow again: so van der Pol's (mu = 10,
+        to t = 50) is good to 70 times the tolerance, where it would be 150 by a hundredth. It is a tenth of atol where
+        that is less, as entries of the state in small units have large cotangents. It goes by kvaerno5 in the place
+        of rodas5p, which would need the derivative of its Jacobian in time.
         """
         from gradlab.transforms.odes.tableaux import METHODS
 
         rtol = self.rtol if self.rtol is not None else 1e-6 if eps < 1e-10 else 1e-4
-        atol = (self.atol if self.atol is not None else rtol / 100) * scales
+        absolute = self.atol if self.atol is not None else rtol / 100
+        atol = absolute * scales
         if recorded:
             rtol, atol = rtol / 10, atol / 10
         elif backward:
-            rtol, atol = rtol if self.adjoint == "backsolve" else rtol / 4, atol / 1000
+            floor = min(rtol / 1000, absolute / 10) * scales
+            rtol, atol = rtol if self.adjoint == "backsolve" else rtol / 4, floor
         rtol = max(rtol, 8 * eps)
         tableau = METHODS["kvaerno5"] if backward and self.method == "rodas5p" else self.tableau
         return Tolerance(tableau, self.stiff, rtol, atol, self.step_size, self.max_steps, parts)
