@@ -9,7 +9,7 @@ rk4 against the number of steps. Expected: auto, interpolating and forward err a
 everywhere; direct and checkpoint do not where tsit5 is at its limit of stability; backsolve refuses where it cannot
 return; at 10,000 steps checkpoint holds at most 0.05 of what direct does. In jax the gradients of direct, checkpoint
 and backsolve take at most 1.05 times as long as diffrax called by hand. Processor seconds: run it on one core. An
-adjoint that needed longer than 20 s is left out at tighter tolerances. Aborts where `check.derivatives` fails. One
+adjoint that needed longer than 10 s is left out at tighter tolerances. Aborts where `check.derivatives` fails. One
 line a framework and problem in results/ode_adjoints.jsonl, a table, a figure of the newest of each.
 """
 
@@ -50,7 +50,7 @@ STEPS = {"smoke": (16, 256), "paper": (16, 256, 4096, 10000)}
 REPEATS = {"smoke": 5, "paper": 20}
 MAX_STEPS = {"jax": 2**12, "torch": 2**20}  # jax's direct adjoint is compiled for as many
 MANY = {"jax": 2**16, "torch": 2**20}  # of van der Pol's equation
-SHORT_S, LONG_S = 0.5, 20.0  # calls above are timed once, and without their memory; and left out when tighter
+SHORT_S, LONG_S = 0.5, 10.0  # calls above are timed once, and without their memory; and left out when tighter
 
 
 @dataclass(frozen=True)
