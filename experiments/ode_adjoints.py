@@ -49,7 +49,7 @@ TOLERANCES = {"smoke": (1e-3, 1e-6), "paper": (1e-3, 1e-5, 1e-7, 1e-9)}
 STEPS = {"smoke": (16, 256), "paper": (16, 256, 4096, 10000)}
 REPEATS = {"smoke": 5, "paper": 20}
 MAX_STEPS = {"jax": 2**12, "torch": 2**20}  # jax's direct adjoint is compiled for as many
-MANY = {"jax": 2**16, "torch": 2**20}  # of van der Pol's equation
+LONG, MANY = ("van_der_pol", "robertson", "oregonator"), {"jax": 2**16, "torch": 2**20}
 SHORT_S, LONG_S = 0.5, 10.0  # calls above are timed once, and without their memory; and left out when tighter
 
 
@@ -180,7 +180,7 @@ def measure(fw: Tools, problem: Problem, preset: str) -> list[dict[str, Any]]:
         rtol,
         adjoint=adjoint,
         method=problem.method,
-        max_steps=(MANY if "van_der_pol" in problem.name else MAX_STEPS)[fw.name],
+        max_steps=(MANY if problem.name.startswith(LONG) else MAX_STEPS)[fw.name],
     )
     if problem.truth is None:
         finest = fw.gradient(lambda x: solved(x, 1e-10, "auto")[0], x, False)

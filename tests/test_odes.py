@@ -152,6 +152,28 @@ def test_error_of_a_gradient(framework, name, tolerance):
         assert off <= 100 * tolerance, key
 
 
+@pytest.mark.parametrize(
+    ("framework", "adjoint"),
+    [
+        pytest.param(framework, adjoint, marks=() if quick else pytest.mark.slow)
+        for framework in FRAMEWORKS
+        for adjoint in get_args(Adjoint)
+        for quick in [framework == "torch" or adjoint == "checkpoint"]
+    ],
+)
+def test_a_gradient_of_what_was_not_reached(framework, adjoint):
+    """It is refused where the value is, compiled code of the gradient alone included; else it is not-a-number."""
+    fw = load(framework)
+    options = {"adjoint": adjoint, "max_steps": 4, "rtol": 1e-8}
+    y0, ts = fw.array([1.0, 2.0]), fw.array([0.0, 10.0])
+    ends = lambda k, **more: fw.gl.odeint(lambda t, y, k: -k * y, y0, ts, k, **options, **more).ys[-1].sum()
+    compiled = fw.compile if framework == "jax" else lambda f: f
+    gradient = lambda f: compiled((fw.jacfwd if adjoint == "forward" else fw.grad)(f))
+    with pytest.raises(Exception, match="max_steps"):
+        fw.numpy(gradient(ends)(fw.array(1.0)))
+    assert np.isnan(fw.numpy(gradient(lambda k: ends(k, throw=False))(fw.array(1.0))))
+
+
 def test_a_float32_state_with_float64_times(fw):
     """f is given t in the dtype of y, and so are cotangents."""
     y0, ts = fw.array([1.0, 2.0], dtype="float32"), fw.array([0.0, 0.5])

@@ -15,7 +15,7 @@ from gradlab._errors import ConvergenceError, GradientWarning, InputError, KindE
 from gradlab.transforms.implicit_functions._jax import like
 from gradlab.transforms.odes._jax_events import until
 from gradlab.transforms.odes._jax_recorded import checkpoint, direct
-from gradlab.transforms.odes._jax_rules import Equation, Problem, dot, solve, tangent
+from gradlab.transforms.odes._jax_rules import Equation, Problem, arrived, dot, solve, tangent
 from gradlab.transforms.odes.options import Adjoint, Method, Options, Solution, Status, check_equation
 from gradlab.transforms.trees._jax import Tree
 
@@ -135,11 +135,8 @@ def refuse_event(event: Any, call: Callable[[], Any]) -> None:
 
 def finished(options: Options, ys: Any, status: Any, reached: Any) -> Any:
     """The states, if the last time was reached; else as asked."""
-    if not options.throw:
-        return ys, status
-    bad = status != Status.DONE
-    if not isinstance(bad, jax.core.Tracer):
-        if bad:
+    if options.throw and not isinstance(status, jax.core.Tracer):
+        if status != Status.DONE:
             t, leaves = reached
             y = [float(x) for leaf in leaves for x in jnp.ravel(leaf)[:9]]
             raise ConvergenceError(options.unfinished(Status(int(status)), float(t), y))
@@ -148,7 +145,7 @@ def finished(options: Options, ys: Any, status: Any, reached: Any) -> Any:
         f"odeint: the last time was not reached within max_steps = {options.max_steps} steps, or no step was small "
         "enough, or f is not finite; raise max_steps or the tolerances, or pass throw=False and look at status"
     )
-    return eqx.error_if(ys, bad, message), status
+    return arrived(ys, status, options.throw, message), status
 
 
 def disagreement(by: Any, problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> Any:

@@ -43,8 +43,13 @@ def _(problem: Problem, primals: Any, tangents: Any) -> Any:
         ys, *rest = stepped(problem, dfx.RecursiveCheckpointAdjoint(), arrays, *point, order=1)
         return ys, rest
 
+    def pulled(at: Any, us: Any) -> Any:
+        pull, ys = at
+        lost = [(jnp.isnan(y) & (u != 0)).any() for y, u in zip(ys, us, strict=True)]
+        return jax.tree.map(lambda x: jnp.where(jnp.array(lost).any(), jnp.nan, x), pull(us))
+
     ys, pull, rest = jax.vjp(by_steps, *once(tuple(point)), has_aux=True)
-    moved = paired(refused_forward, lambda pull, us: pull(us), pull, tuple(tangents[:3]), ys)
+    moved = paired(refused_forward, pulled, (pull, ys), tuple(tangents[:3]), ys)
     return (ys, *rest), (moved, *jax.tree.map(still, rest))
 
 

@@ -263,7 +263,9 @@ def tangent(problem: Problem, primals: Any, moved: Any) -> Any:
     dy0 = jax.tree.map(jnp.subtract, dy0, times(dts[0], slope))
     unit = largest(jax.tree.map(lambda x, v: v / jnp.maximum(jnp.abs(x), 1), (y0, params), (dy0, dparams)))
     shrunk = lambda tree: times(1 / unit, tree)
-    (ys, s), *_ = solve(problem.tangent(), ts, (y0, shrunk(dy0)), (params, shrunk(dparams)), arrays)
+    both = (y0, shrunk(dy0)), (params, shrunk(dparams))
+    (ys, s), _, status, _ = solve(problem.tangent(), ts, *both, arrays)
+    s = arrived(s, status, problem.options.throw, UNFINISHED.format("tangents", "last"))
     slopes = jax.vmap(lambda t, y, dt: times(dt, problem.field(t, y, params, arrays)))(ts, ys, dts)
     return ys, jax.tree.map(lambda s, k: (unit * s).astype(s.dtype) + k, s, slopes)
 
@@ -292,7 +294,8 @@ def parted(parts: int, error: Any) -> Any:
 def checked(problem: Problem, cotangents: Any, status: Any, y: Any, y0: Any, ys: Any) -> Any:
     """The cotangents, if the backward solution arrived, and where y came back with it, if it came to y0."""
     throw = problem.options.throw
-    cotangents = failing(cotangents, (status != Status.DONE).any(), throw, UNFINISHED)
+    message = UNFINISHED.format("cotangents", "first")
+    cotangents = failing(cotangents, (status != Status.DONE).any(), throw, message)
     if not problem.returns:
         return cotangents
     asked = problem.integrator(jax.tree.leaves(y0)[0].dtype).tolerance
@@ -307,16 +310,25 @@ def checked(problem: Problem, cotangents: Any, status: Any, y: Any, y0: Any, ys:
 
 MISSED = (1e2, 1e4, 1e8)  # times the tolerance, of which the first is too much
 UNFINISHED = (
-    "odeint: the cotangents did not arrive at the first time within max_steps steps, or no step was small enough, or "
-    "the derivative of f is not finite; raise max_steps or the tolerances, or name a stiff method"
+    "odeint: the {} did not arrive at the {} time within max_steps steps, or no step was small enough, or the "
+    "derivative of f is not finite; raise max_steps or the tolerances, or name a stiff method"
 )
 
 
 def failing(tree: Any, bad: Any, throw: bool, message: str) -> Any:
-    """The tree, or the error, or not-a-number in its place."""
+    """The tree, or the error, or not-a-number in its place; by a factor, so that its derivatives fail with it."""
+    one = jnp.ones(())
+    one = eqx.error_if(one, bad, message) if throw else jnp.where(bad, jnp.nan, one)
+    return jax.tree.map(lambda x: x * jax.lax.stop_gradient(one).astype(x.dtype), tree)
+
+
+def arrived(tree: Any, status: Any, throw: bool, message: str) -> Any:
+    """States, if all were reached, or the error; else not-a-number, as are the derivatives, for those that were not."""
+    bad = status != Status.DONE
     if throw:
-        return eqx.error_if(tree, bad, message)
-    return jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), tree)
+        return failing(tree, bad, throw, message)
+    lost = lambda x: jnp.where(bad & jnp.isnan(x), jnp.nan, jnp.ones_like(x))
+    return jax.tree.map(lambda x: x * jax.lax.stop_gradient(lost(x)), tree)
 
 
 def sealed(tree: Any) -> Any:

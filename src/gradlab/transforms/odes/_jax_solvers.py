@@ -168,9 +168,9 @@ class Integrator:
         watched, event = early.seen
         seen = stiff | watched
         up = jnp.where(t0 < t1, 1, -1)
-        later = None if ts is None else up * jnp.clip(up * ts, up * t, up * t1)
-        size = None if size is None else jnp.where(stiff, size, 0)
         until = jnp.where(seen, t1, t)
+        later = None if ts is None else up * jnp.clip(up * ts, up * t, up * until)
+        size = None if size is None else jnp.where(stiff, size, 0)
         late = self.run(second, field, t, until, y, args, ts=later, dense=dense, size=size)
         counts = jax.tree.map(jnp.add, early.counts, late.counts)
         taken = counts["accepted"] + counts["rejected"]  # of a segment, it may be as many by each method

@@ -223,6 +223,10 @@ def pull(
         total = total if back.integrals is None else total + back.integrals
     if backsolve:
         a = returned(problem, scales, y, states[:, 0], a)
+    if solved.status.any():  # cotangents of states that were not reached
+        lost = (states.isnan() & (us != 0)).flatten(1).any(1)[:, None]
+        a, dts = torch.where(lost, torch.nan, a), torch.where(lost, torch.nan, dts)
+        total = total if isinstance(total, float) else torch.where(lost, torch.nan, total)
     if timed or check:
         slope = ends(0)
         dts[:, 0] = -(a * slope).sum(-1)
