@@ -5,7 +5,8 @@ import pytest
 
 import gradlab
 from frameworks import FRAMEWORKS, load
-from gradlab import GradientWarning, InputError
+from gradlab import ConvergenceError, GradientWarning, InputError
+from gradlab.transforms.odes.options import Status
 from test_odes import logistic
 
 EACH = ["torch", pytest.param("jax", marks=pytest.mark.slow)]  # jax compiles for long
@@ -170,3 +171,17 @@ def test_a_jump_of_f_is_no_reason_for_a_warning():
     ys = load("torch").gl.odeint(f, y0, torch.tensor([0.0, 2.0]), rtol=1e-6, atol=1e-8).ys
     ys[-1].sum().backward()
     assert np.allclose(y0.grad.numpy(), np.exp(-2.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("framework", EACH)
+def test_a_search_that_ends_early_is_no_answer(framework):
+    """Finer steps look for the event than the solution needs: their end is not that of the solution."""
+    fw = load(framework)
+    ts, options = fw.array([0.0, 5.0, 20.0]), {"rtol": 1e-8, "max_steps": 64}
+    f = lambda t, y: -y * (1 + 0.1 * fw.xp.sin(20 * t))
+    run = lambda **more: fw.gl.odeint(
+        f, fw.array([1.0]), ts, event=lambda t, y: y[0] - 1e-3, **options, **more
+    )
+    with pytest.raises(ConvergenceError, match="max_steps"):
+        run()
+    assert int(run(throw=False).status) == Status.MAX_STEPS

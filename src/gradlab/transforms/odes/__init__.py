@@ -58,7 +58,7 @@ def odeint(
         rtol: Error of a step relative to y, as a root mean square over its entries. None: 1e-6 in float64, 1e-4 in
             float32.
         atol: The same, absolute, in units of y. None: rtol / 100. A tangent's is in units of the largest entry of its
-            direction, a cotangent's in those of the largest cotangent.
+            direction; a cotangent's is rtol / 1000 of the largest cotangent, or atol / 10 where that is less.
         step_size: The size of every step, in units of t; None: chosen by the tolerances.
         max_steps: The most steps, rejected ones too. None: 4096 in jax, where memory is set aside by it (see Cost),
             and 100,000 in torch.

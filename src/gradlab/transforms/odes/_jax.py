@@ -56,11 +56,12 @@ def odeint(
 
     (params, kind), (constants, rest) = jax.tree.flatten(moving), jax.tree.flatten(static)
     problem = Problem(Equation(tree.spec, kind, tuple(constants), rest), options)
-    event_time = None
+    event_time, search = None, None
     if event is not None:
-        ts, event_time = until(problem, ts, tree.leaves, params, arrays)
+        ts, event_time, search = until(problem, ts, tree.leaves, params, arrays)
     by: Any = {"direct": direct, "checkpoint": checkpoint}.get(adjoint, solve)
     ys, counts, status, reached = by(problem, ts, tree.leaves, params, arrays)
+    status = status if search is None else jnp.where(search == Status.DONE, status, search)
     ys, status = finished(options, ys, status, reached)
     off = disagreement(by, problem, ts, tree.leaves, params, arrays) if gradient_error else None
     return Solution(tree.put(ys), counts, status, off, event_time)

@@ -15,12 +15,13 @@ from gradlab.transforms.implicit_functions._jax import root
 from gradlab.transforms.odes._jax_rules import Forward, Problem, solve
 
 
-def until(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> tuple[Any, Any]:
-    """The times, those past the event being its own, and when that is: infinity where it does not come to pass.
+def until(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> tuple[Any, Any, Any]:
+    """The times, those past the event being its own; when that is, infinity where it does not come to pass; and the
+    status of the search.
 
     That time is the root of event(t, y(t)), whose derivatives are those of y by `solve`, in every mode.
     """
-    found, occurred = located(problem, ts, y0, params, arrays)
+    found, occurred, status = located(problem, ts, y0, params, arrays)
     free = replace(problem, options=replace(problem.options, adjoint="auto"), inner=True)
 
     def residual(t: Any, start: Any, y0: Any, params: Any) -> Any:
@@ -30,12 +31,14 @@ def until(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> tuple
 
     at = root(residual, lambda residual, t, *_: t)(found, ts[0], y0, params)
     up = jnp.where(ts[0] < ts[-1], 1, -1)
-    return jnp.where(up * ts < up * at, ts, at), jnp.where(occurred, at, jnp.inf)
+    return jnp.where(up * ts < up * at, ts, at), jnp.where(occurred, at, jnp.inf), status
 
 
 @partial(jax.jit, static_argnums=0)
-def located(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> tuple[Any, Any]:
-    """The time, by steps as fine as those of a derivative, and whether it comes to pass; no derivatives."""
+def located(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> tuple[Any, Any, Any]:
+    """The time (else the last), by steps as fine as those of a derivative, whether it comes to pass, and the status;
+    no derivatives.
+    """
     ts, y0, params = jax.lax.stop_gradient((ts, y0, params))
     dtype = jax.tree.leaves(y0)[0].dtype
     rounding = float(8 * jnp.finfo(dtype).eps)
@@ -45,4 +48,4 @@ def located(problem: Problem, ts: Any, y0: Any, params: Any, arrays: Any) -> tup
     event = dfx.Event(value, bisection(rounding, rounding))
     run = replace(problem.integrator(dtype, recorded=True), event=event)
     found = run(Forward(problem.field), ts[0], ts[-1], y0, (params, arrays))
-    return found.reached[0], found.seen[1]
+    return jnp.where(found.seen[1], found.reached[0], ts[-1]), found.seen[1], found.status

@@ -43,13 +43,8 @@ def _(problem: Problem, primals: Any, tangents: Any) -> Any:
         ys, *rest = stepped(problem, dfx.RecursiveCheckpointAdjoint(), arrays, *point, order=1)
         return ys, rest
 
-    def pulled(at: Any, us: Any) -> Any:
-        pull, ys = at
-        lost = [(jnp.isnan(y) & (u != 0)).any() for y, u in zip(ys, us, strict=True)]
-        return jax.tree.map(lambda x: jnp.where(jnp.array(lost).any(), jnp.nan, x), pull(us))
-
     ys, pull, rest = jax.vjp(by_steps, *once(tuple(point)), has_aux=True)
-    moved = paired(refused_forward, pulled, (pull, ys), tuple(tangents[:3]), ys)
+    moved = paired(refused_forward, lambda pull, us: pull(us), pull, tuple(tangents[:3]), ys)
     return (ys, *rest), (moved, *jax.tree.map(still, rest))
 
 
@@ -87,6 +82,10 @@ def stepped(
     found = run(Forward(problem.field), fixed[0], fixed[-1], start, (params, arrays), ts=fixed)
     later = jax.vmap(nudge)(fixed[1:], jax.tree.map(lambda y: y[1:], found.ys), (ts - fixed)[1:])
     ys = jax.tree.map(lambda y, ys: jnp.concatenate([y[None], ys]), y0, later)
+    if not problem.options.throw:  # a cotangent of what was not reached, not-a-number, comes to all
+        total: Any = sum(jnp.sum(x) for x in jax.tree.leaves((ts, y0, params)))
+        zero = total - jax.lax.stop_gradient(total)
+        ys = jax.tree.map(lambda y: jnp.where(jnp.isnan(y), y + zero.astype(y.dtype), y), ys)
     return ys, found.counts, found.status, jax.lax.stop_gradient(found.reached)
 
 

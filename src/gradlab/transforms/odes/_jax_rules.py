@@ -323,12 +323,25 @@ def failing(tree: Any, bad: Any, throw: bool, message: str) -> Any:
 
 
 def arrived(tree: Any, status: Any, throw: bool, message: str) -> Any:
-    """States, if all were reached, or the error; else not-a-number, as are the derivatives, for those that were not."""
+    """States, if all were reached, or the error; else derivatives too are not-a-number where they were not."""
     bad = status != Status.DONE
     if throw:
         return failing(tree, bad, throw, message)
-    lost = lambda x: jnp.where(bad & jnp.isnan(x), jnp.nan, jnp.ones_like(x))
-    return jax.tree.map(lambda x: x * jax.lax.stop_gradient(lost(x)), tree)
+    return jax.tree.map(lambda x: kept(x, bad & jnp.isnan(x)), tree)
+
+
+@jax.custom_jvp
+def kept(x: Any, lost: Any) -> Any:
+    """x, whose tangents are not-a-number where it is lost; and cotangents, that are not zero."""
+    return x
+
+
+@kept.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, lost = primals
+    forward = lambda lost, d: jnp.where(lost, jnp.nan, d)
+    transpose = lambda lost, u: jnp.where(lost & (u != 0), jnp.nan, u)
+    return x, paired(forward, transpose, lost, tangents[0], x)
 
 
 def sealed(tree: Any) -> Any:

@@ -173,6 +173,7 @@ class Integrator:
         size = None if size is None else jnp.where(stiff, size, 0)
         late = self.run(second, field, t, until, y, args, ts=later, dense=dense, size=size)
         counts = jax.tree.map(jnp.add, early.counts, late.counts)
+        counts["evaluations"] -= jnp.where(seen, 0, 1)
         taken = counts["accepted"] + counts["rejected"]  # of a segment, it may be as many by each method
         many = taken > self.tolerance.max_steps * (2 if dense else 1)
         status = jnp.where(seen, jnp.where(many, Status.MAX_STEPS, late.status), early.status)
@@ -230,7 +231,7 @@ class Integrator:
         accepted, rejected = run.stats["num_accepted_steps"], run.stats["num_rejected_steps"]
         stages = tableau.stages if tableau.name == "rodas5p" else tableau.stages - 1
         counts = {
-            "evaluations": stages * (accepted + rejected) + (t0 != t1),
+            "evaluations": stages * (accepted + rejected) + 1,
             "accepted": accepted,
             "rejected": rejected,
         }

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.autograd.graph import _engine_run_backward
 
-from gradlab.transforms.odes._torch_passes import lifted, on_host, solve
+from gradlab.transforms.odes._torch_passes import lifted, lost, on_host, solve
 from gradlab.transforms.odes._torch_rules import counted
 from gradlab.transforms.odes._torch_stages import weights
 from gradlab.transforms.odes._torch_systems import Problem
@@ -150,6 +150,7 @@ class Direct(torch.autograd.Function):
         tape = Tape if problem.bound is None else Compiled
         ctx.tape, ctx.problem, ctx.again = tape(problem, params), problem, again
         solved = solve(problem, scales, ts, y0, params, ctx.tape)
+        ctx.partly = solved.ys if solved.status.any() else None
         info = counted(solved).to(y0.device)[0]
         ctx.mark_non_differentiable(info)
         ctx.save_for_backward(scales, ts, y0, *params)
@@ -164,7 +165,10 @@ class Direct(torch.autograd.Function):
             xs = [(y0, *params)[i] for i in wanted]
             ys, _ = ctx.again(ctx.problem, scales, ts, y0, params)
             grads = torch.autograd.grad(ys, xs, us, create_graph=True, materialize_grads=True)
+        elif ctx.partly is not None and lost(ctx.partly, us[None]):
+            grads = tuple(torch.full_like((y0, *params)[i], torch.nan) for i in wanted)
         else:
+            us = us if ctx.partly is None else torch.where(ctx.partly[0].isnan(), 0.0, us)
             moved, total = pulled(ctx.tape, ts, us)
             found = dict(zip((i + 1 for i in ctx.tape.wanted), total, strict=True)) | {0: moved}
             grads = tuple(found[i] for i in wanted)

@@ -62,7 +62,7 @@ def until(
     times = torch.cat([torch.where(later, end, ts), end[None]])
     ys, counts = states(replace(problem, repeats=True), record, scales, times, y0, params)
     value = partial(problem.system.value, event)
-    start, end = ys[-1], end.to(y0)
+    start, end = torch.where(happened, ys[-1], y0), end.to(y0)
     by_time, by_state = torch.func.grad(value, (0, 1))(end, start.detach(), *held[2:])
     rate = by_time + by_state @ problem.system(end, start.detach(), *held[2:])
     rate, time, here = torch.where(happened, rate, 1.0).detach(), end, start

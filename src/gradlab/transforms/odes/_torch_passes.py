@@ -71,10 +71,9 @@ def checked(problem: Problem, ts: np.ndarray) -> np.ndarray:
     """Times that rise or fall throughout."""
     if problem.repeats:
         return ts
-    steps = ts[:, 1:] - ts[:, :-1]
-    with np.errstate(all="ignore"):
-        alike = steps / steps[:, :1]
-    if not ((alike > 0) & (alike < np.inf)).all():
+    before, after = ts[:, :-1], ts[:, 1:]
+    sorted = (before < after).all(1) | (before > after).all(1)
+    if not (sorted.all() and np.isfinite(ts).all()):
         raise InputError(
             "odeint: ts is not sorted, or holds a time twice; pass times that rise, or fall, throughout"
         )
@@ -183,7 +182,13 @@ def pull(
     us = us.detach().reshape(problem.batch or 1, *us.shape[-2:])
     times = on_host(ts, len(us))
     backward = Backward(problem, solved, wanted, params)
+    backsolve = backward.trajectory is None
     states = solved.ys.expand(len(us), *solved.ys.shape[1:])
+    failed = torch.zeros(len(us), dtype=torch.bool, device=us.device)
+    if solved.status.any():
+        reached = ~states.isnan()
+        failed = lost(states, us) | (backsolve & ~reached.flatten(1).all(1))
+        us = torch.where(reached & ~failed[:, None, None], us, 0.0)
     backward.known = dict.fromkeys(times[0].tolist()) if one else {}
 
     def ends(i: int) -> Any:
@@ -195,7 +200,6 @@ def pull(
 
     along = tolerance_backwards(problem, scales, us)
     check = Check(problem, us) if problem.parts == 1 else None
-    backsolve = backward.trajectory is None
     if backsolve:
         along = with_state(problem, scales, states, along)
     a, total, stiff, y = torch.zeros_like(us[:, 0]), 0.0, solved.stiff, states[:, -1]
@@ -214,19 +218,20 @@ def pull(
         size = back.size
         if timed or check:
             dts[:, i] = (u * ends(i)).sum(-1)
-        if problem.options.throw and back.status.any():
-            raise failure(problem, back, times)
+        if back.status.any():
+            if problem.options.throw:
+                raise failure(problem, back, times)
+            failed = failed | torch.from_numpy(back.status != 0).to(us.device)
         if check:
             check.jump(back.first[:, : a.shape[1]], states[:, i])
         state, stiff = back.ys[:, -1], back.stiff
         a, y = state.chunk(2, -1) if backsolve else (state, y)
         total = total if back.integrals is None else total + back.integrals
     if backsolve:
-        a = returned(problem, scales, y, states[:, 0], a)
-    if solved.status.any():  # cotangents of states that were not reached
-        lost = (states.isnan() & (us != 0)).flatten(1).any(1)[:, None]
-        a, dts = torch.where(lost, torch.nan, a), torch.where(lost, torch.nan, dts)
-        total = total if isinstance(total, float) else torch.where(lost, torch.nan, total)
+        failed = failed | astray(problem, scales, y, states[:, 0])
+    if failed.any() or solved.status.any():
+        dts = torch.where((us != 0).any(-1), dts, 0.0)  # not what f is where nothing was reached
+        a, dts = (torch.where(failed[:, None], torch.nan, x) for x in (a, dts))
     if timed or check:
         slope = ends(0)
         dts[:, 0] = -(a * slope).sum(-1)
@@ -236,12 +241,15 @@ def pull(
     dts = dts if ts.ndim == 2 else dts.sum(0)
     dts = dts.to(ts) if timed else us.new_zeros(())
     dy0 = a + us[:, 0]
-    grads = split_params(problem, wanted, params, total, one)
+    grads = split_params(problem, wanted, params, total, failed)
     return (dts, (dy0[0] if one else dy0), *grads), suspect
 
 
-def split_params(problem: Problem, wanted: Any, params: Any, total: Any, one: bool) -> list[Any]:
-    """The integrals (B, m) as cotangents of the params wanted; of one that the examples share, their sum."""
+def split_params(problem: Problem, wanted: Any, params: Any, total: Any, failed: Any) -> list[Any]:
+    """The integrals (B, m) as cotangents of the params wanted; of one that the examples share, their sum.
+
+    Not-a-number of the examples that failed.
+    """
     grads, start = [], 0
     for i in wanted:
         p = params[i]
@@ -252,8 +260,16 @@ def split_params(problem: Problem, wanted: Any, params: Any, total: Any, one: bo
         else:
             g = total[:, start : start + n]
             grads.append((g if problem.flags[i] else g.sum(0)).reshape(p.shape).to(p))
+        if failed.any():
+            mask = failed.view(-1, *[1] * len(each)) if problem.flags[i] else failed.any()
+            grads[-1] = torch.where(mask, torch.nan, grads[-1])
         start += n
     return grads
+
+
+def lost(states: Any, us: Any) -> Any:
+    """The examples (B,) with cotangents of states (B, T, n) that were not reached."""
+    return (states.isnan() & (us != 0)).flatten(1).any(1)
 
 
 def tolerance_backwards(problem: Problem, scales: Any, us: Any) -> Tolerance:
@@ -277,14 +293,14 @@ def with_state(problem: Problem, scales: Any, us: Any, along: Tolerance) -> Tole
     return replace(along, atol=torch.cat([along.atol.expand_as(atol), atol], -1), parts=2 * along.parts)
 
 
-def returned(problem: Problem, scales: Any, y: Any, y0: Any, a: Any) -> Any:
-    """a, if y has come back to y0; else an error, or not-a-number."""
+def astray(problem: Problem, scales: Any, y: Any, y0: Any) -> Any:
+    """The examples whose y has not come back to y0; an error if any, unless that is not asked for."""
     own = tolerance(problem, scales, y0, False)
     off = ((y - y0) / (own.atol + own.rtol * y0.abs())).square().mean(-1).sqrt()
-    astray = ~(off <= 1000)
-    if problem.options.throw and bool(astray.any()):
+    missed = ~(off <= 1000)
+    if problem.options.throw and bool(missed.any()):
         raise ConvergenceError(problem.options.astray(float(off.nan_to_num(torch.inf).max())))
-    return torch.where(astray[:, None], torch.nan, a)
+    return missed
 
 
 class Check:

@@ -44,7 +44,8 @@ class Plan(torch.autograd.Function):
         times = on_host(ts, len(solved.ys))
         pairs = zip(found.knots, found.direction, times, strict=True)
         index = np.stack([np.searchsorted(knots, direction * t) for knots, direction, t in pairs])
-        unreached, index = index == count, np.minimum(index, count - 1)
+        index = np.minimum(index, count - 1)
+        unreached = (times - solved.t[:, None]) * np.sign(times[:, -1:] - times[:, :1]) > 0
         within = lambda x: np.take_along_axis(x, index, 1)
         size = within(ends - starts)
         share = np.where(size == 0, 0.0, (times - within(starts)) / np.where(size == 0, 1.0, size))

@@ -129,7 +129,7 @@ class Run:
         if tolerance.step_size is not None:
             self.h = self.direction * tolerance.step_size
         elif self.some(self.going):
-            known = start.size is not None and self.every(start.size > 0)
+            known = start.size is not None and self.every(self.t + self.direction * start.size != self.t)
             self.h = self.direction * least(start.size if known else self.first_step(span), span)
         self.going = self.going & self.unless(self.stiff)
 
