@@ -5,6 +5,7 @@ import pytest
 
 from frameworks import FRAMEWORKS, load
 from gradlab import StrategyError
+from gradlab.bench.ode_problems import EQUATIONS
 from test_odes import NESTS, X, exact, nests, solved
 
 ADJOINTS = ["interpolating", "forward", "backsolve", "direct", "checkpoint"]  # auto: test_odes.py
@@ -149,3 +150,14 @@ def test_fixed_steps_of_jax_hold_no_room_for_more():
     planned = fw.compile(gradient(step_size=0.05)).lower(y).compile().memory_analysis().temp_size_in_bytes
     assert planned < 100 * 8 * y.nbytes
     assert np.allclose(fw.numpy(gradient(step_size=0.05)(y)), np.exp(-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
+def test_a_state_that_does_not_come_back_at_loose_tolerances(framework, tolerance):
+    """Van der Pol's oscillation ends, backwards, in the point of rest: a few hundred times the tolerances from y0."""
+    fw, e = load(framework), EQUATIONS["van_der_pol_1"]
+    options = {"rtol": tolerance, "atol": tolerance, "adjoint": "backsolve"}
+    f, ts = lambda t, y: fw.xp.stack(e.f(t, y, e.p)), fw.array([0.0, e.end])
+    with pytest.raises(Exception, match="misses y0"):
+        fw.numpy(fw.grad(lambda y: fw.gl.odeint(f, y, ts, **options).ys[-1].sum())(fw.array(e.y0)))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from gradlab.transforms.odes._jax_pairs import paired
 from gradlab.transforms.odes._jax_segments import in_segments
 from gradlab.transforms.odes._jax_solvers import Integrator
-from gradlab.transforms.odes.options import Options, Status
+from gradlab.transforms.odes.options import Options, Status, most_missed
 from gradlab.transforms.odes.tableaux import METHODS
 
 
@@ -302,13 +302,13 @@ def checked(problem: Problem, cotangents: Any, status: Any, y: Any, y0: Any, ys:
     size = jnp.max(jnp.array([jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(ys)]))
     apart = parted(problem.parts, jax.tree.map(jnp.subtract, y, y0))
     missed = apart / (asked.atol + asked.rtol * size)
-    for most, least in zip((*MISSED[1:], jnp.inf), MISSED, strict=True):
+    limits = most_missed(asked.rtol), 1e4, 1e8  # of which the first is too much, and the others are told
+    for most, least in zip((*limits[1:], jnp.inf), limits, strict=True):
         bad = ~(missed <= least) & ((missed <= most) | (most == jnp.inf))
         cotangents = failing(cotangents, bad, throw, problem.options.astray(least))
     return cotangents
 
 
-MISSED = (1e2, 1e4, 1e8)  # times the tolerance, of which the first is too much
 UNFINISHED = (
     "odeint: the {} did not arrive at the {} time within max_steps steps, or no step was small enough, or the "
     "derivative of f is not finite; raise max_steps or the tolerances, or name a stiff method"

@@ -15,7 +15,7 @@ from gradlab.transforms.odes._torch_stages import Field, jacobians
 from gradlab.transforms.odes._torch_steps import Start, integrate
 from gradlab.transforms.odes._torch_systems import Problem
 from gradlab.transforms.odes._torch_trajectory import Solved, Trajectory
-from gradlab.transforms.odes.options import Status, Tolerance
+from gradlab.transforms.odes.options import Status, Tolerance, most_missed
 from gradlab.transforms.repairs._torch import unseen
 
 
@@ -297,7 +297,7 @@ def astray(problem: Problem, scales: Any, y: Any, y0: Any) -> Any:
     """The examples whose y has not come back to y0; an error if any, unless that is not asked for."""
     own = tolerance(problem, scales, y0, False)
     off = ((y - y0) / (own.atol + own.rtol * y0.abs())).square().mean(-1).sqrt()
-    missed = ~(off <= 1000)
+    missed = ~(off <= most_missed(own.rtol))
     if problem.options.throw and bool(missed.any()):
         raise ConvergenceError(problem.options.astray(float(off.nan_to_num(torch.inf).max())))
     return missed

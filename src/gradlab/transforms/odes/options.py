@@ -197,6 +197,11 @@ class Options:
         return Tolerance(tableau, self.stiff, rtol, atol, self.step_size, self.max_steps, parts)
 
 
+def most_missed(rtol: float) -> float:
+    """How many times the tolerances y integrated backwards may miss y0 by: a hundred, and no more than a tenth."""
+    return min(100.0, 0.1 / rtol)
+
+
 def check_equation(f: Any, y0: Any) -> None:
     """Refuse an f that is no function, and a state (a tree of either framework) that is not of floats alone."""
     if not callable(f):
