@@ -5,8 +5,8 @@
 A perceptron 16-64-16 on a batch of 128 from time 0 to `end`, rtol 1e-5, methods of order 5, processor seconds of one
 thread. torchdiffeq and torchode are measured where they are installed. Expected: forwards twice as fast as
 torchdiffeq, compiled three times; the gradient of recorded steps ("direct") nearly twice as fast, compiled nearly three
-times, that under error control as fast as torchdiffeq's of recorded steps, and compiled twice. Each time is quoted beside evaluations of f
-times the cost of one without gradients. The gradients are compared before they are timed.
+times, that under error control as fast as torchdiffeq's of recorded steps, and compiled twice. Each time is quoted
+beside evaluations of f times the cost of one without gradients. The gradients are compared before they are timed.
 """
 
 from __future__ import annotations
