@@ -14,7 +14,7 @@ def pytest_configure(config):
         jax.config.update("jax_enable_x64", True)  # closed forms are compared in float64
 
 
-# Tests that mostly wait for a compiler, and whose siblings stay in `make test`.
+# Tests that mostly wait for a compiler; nearly all have siblings that stay in `make test`.
 LONGER = (
     "test_check_claims.py::test_complex_functions[jax-True]",
     "test_corpus.py::test_a_right_derivative_is_not_accused[jax-a_log_likelihood_of_a_gaussian_process]",

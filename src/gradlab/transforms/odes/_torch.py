@@ -174,7 +174,7 @@ def look_recorded(equation: Equation, event: Any, ts: Any, y: Any, tensors: list
             kinds, used, older = survey(slope, begin)
             if kinds == before and not older:
                 equation.closed += ({id(x): x for x in used if x is not leaf} | held).values()
-                equation.first = slope.detach()
+                equation.first = leaf, slope
                 return
         with Seen([t, leaf, state, *given]) as seen, repair:
             slope = equation(t, state, *given)
@@ -194,7 +194,7 @@ def look_recorded(equation: Equation, event: Any, ts: Any, y: Any, tensors: list
     if repair.names:
         equation.f = repaired(f)
         return
-    equation.first = slope.detach()
+    equation.first = leaf, slope
     with suppress(TypeError):  # of an f that no weak reference can be made to
         _plain[f] = kinds
 

@@ -30,7 +30,8 @@ class Tape(Trajectory):
         xs, self.leaves, _ = lifted(problem, params, self.wanted)
         self.rates, self.tableau = problem.field(xs), problem.options.tableau
         self.latest: Any = []
-        self.first: Any = None
+        args = len(params) - len(problem.closed)
+        self.first: Any = None if any(i < args for i in self.wanted) else problem.system.first
         self.steps: list[Any] = []
 
     def slopes(self, _: Any, t: Any, y: Any) -> tuple[Any, Any]:

@@ -28,7 +28,8 @@ def solve(
     times = checked(problem, on_host(ts, len(y)))
     rates = problem.field(params)
     tape, bound = isinstance(record, Trajectory), problem.bound
-    first = getattr(problem.system, "first", None) if one and not tape and bound is None else None
+    known = record if tape else problem.system
+    first = getattr(known, "first", None) if one and bound is None else None
     shape = problem.system.shape if one else None
     flat = rates if shape is None else lambda t, y: rates(t, y.view(shape)).reshape(1, -1)
     field = Field(lambda _, t, y: (rates(t, y), None), lambda _, t, y: jacobians(flat, t, y), shape=shape)
@@ -43,7 +44,7 @@ def solve(
     meets = None
     if event is not None:
         meets = lambda t, y: problem.system.rates(t, y[0] if one else y, params, problem.flags, event)
-    start = Start(slope=None if first is None else first[None])
+    start = Start(slope=None if first is None else first[1].detach().view(1, -1))
     solved = integrate(field, times, y, along, keep, event=meets, start=start)
     if problem.options.throw and solved.status.any():
         raise failure(problem, solved, times)

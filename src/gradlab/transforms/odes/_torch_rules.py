@@ -151,14 +151,11 @@ def applied(function: Any, *args: Any) -> Any:
 
 def counted(solved: Any) -> Any:
     """Evaluations, steps and rejections, and the status, of each example."""
-    counts = np.empty((4, len(solved.status)), np.int64)
-    counts[0], counts[1], counts[2], counts[3] = (
-        solved.evaluations,
-        solved.steps,
-        solved.rejected,
-        solved.status,
-    )
-    return torch.from_numpy(counts.T)
+    columns = solved.evaluations, solved.steps, solved.rejected, solved.status
+    counts = np.empty((len(solved.status), len(columns)), np.int64)
+    for i, column in enumerate(columns):
+        counts[:, i] = column
+    return torch.from_numpy(counts)
 
 
 def put(values: Sequence[Any], places: Sequence[int], some: Sequence[Any]) -> list[Any]:

@@ -324,7 +324,7 @@ class Run:
         self.rejected += self.going & self.unless(kept)
         if self.tolerance.step_size is None:
             order = self.tableau.error_order + 1
-            known = most(error - self.noise, 0.1 * self.noise)  # rounding is no reason not to grow
+            known = most(error - self.noise, error / 2)  # of rounding alone a step should still grow
             size = most(known, 1e-12)
             grown = 0.9 * size ** (0.03 - 1 / order) * self.last_error**0.04
             self.early = self.early & (size < 0.1)

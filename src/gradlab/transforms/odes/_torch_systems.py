@@ -35,7 +35,7 @@ class Equation:
     tree: Tree
     put: Callable[[Sequence[Any]], Any]  # the arguments, with these tensors
     closed: list[Any]  # the tensors that f closes over, the last of the parameters
-    first: Any = None  # the slope at the first time, once known
+    first: Any = None  # the state and the slope at the first time, recorded, once known
     bound: Any = None  # f as a graph, to be compiled
 
     @cached_property
