@@ -8,15 +8,7 @@ import composition
 from frameworks import FRAMEWORKS, load
 
 COMPILED = ("compiled", "compiled vmap", "compiled grad")
-QUICK = (
-    "hvp",
-    "hessian",
-    "jacobian, reverse",
-    "ggn_vp",
-    "per_example_grads",
-    "per_example_norms",
-    "clipped_grad",
-)
+QUICK = ("hvp", "jacobian, reverse", "per_example_grads", "clipped_grad")
 PARTS = {
     "quick": lambda name: name in QUICK,
     "rest": lambda name: name not in QUICK and "meta" not in name,
