@@ -97,6 +97,22 @@ def test_compiled_steps_that_are_recorded(method, monkeypatch):
     close(second[:1], second[1:])
 
 
+def test_compiled_steps_of_an_equation_that_differentiates():
+    """By a transform of its own, and with a part held constant; by both adjoints, whose first slopes are of one f."""
+    W = torch.randn(2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y0 = torch.tensor([[0.5, -1.0]], dtype=torch.float64, requires_grad=True)
+
+    def f(t, y):
+        value, pull = torch.func.vjp(lambda z: torch.tanh(z @ W), y)
+        with torch.no_grad():
+            size = 1 + y.square().sum()
+        return torch.cos(t) * value + pull(torch.ones_like(y))[0] / size
+
+    for adjoint in ("direct", "auto"):
+        found = gradients(f, y0, [y0, W], adjoint=adjoint, compile=True)
+        close(found, gradients(f, y0, [y0, W], adjoint=adjoint))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["tsit5", "dopri5", "dopri8", "auto"])
 def test_compiled_steps_of_every_order(method):

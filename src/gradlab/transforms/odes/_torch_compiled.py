@@ -36,7 +36,10 @@ class Program:
         given = list(others)
         for place, x in sorted((p, x) for p, x in ((self.t, t), (self.y, y)) if p is not None):
             given.insert(place, x)
-        return self.graph(*given)[0]
+        with (
+            torch.enable_grad()
+        ):  # as it was traced, or what f differentiates by itself would have no derivative
+            return self.graph(*given)[0]
 
     def run(self, key: Any, made: Callable[..., Any], options: Sequence[Any], *given: Any) -> Any:
         """A step, made with these options, at tensors that have the same form each time; compiled at the first."""
@@ -106,7 +109,7 @@ class Bound:
             return program.run(key, recorded_step, (tableau, places), *given, *others)
 
         def first(*given: Any) -> Any:
-            return program.run(("slopes", *places), pullback, (places, False), *given, *others)[:2]
+            return program.run(("slopes", False, *places), pullback, (places, False), *given, *others)[:2]
 
         return step, first
 
@@ -165,7 +168,7 @@ class Trace:
         t, y = t.detach().clone(), y.detach().view(-1)
         spec = None if equation.bare else pytree.tree_structure(tree.put(tree.leaves))
         form = spec, tree.sizes, tree.shapes, [x.dtype for x in tree.leaves]
-        with torch.no_grad(), trouble():
+        with torch.enable_grad(), trouble():
             self.traced(equation.f, t, y, form, args)
             graph, given = self.found
         self.found = None
@@ -317,7 +320,7 @@ class Backwards:
 
     def slopes(self, time: float, t: Any, a: Any) -> Any:
         """Those at the start."""
-        key, y = ("slopes", *self.places), self.trajectory.states([time])
+        key, y = ("slopes", self.timed, *self.places), self.trajectory.states([time])
         given = (a.view(-1), t.reshape(()), y.view(-1), *self.others)
         moved, integrand, rate = self.program.run(key, pullback, (self.places, self.timed), *given)
         self.note(time, rate)
