@@ -4,9 +4,9 @@
 
 Two moons, two spirals and a chessboard by `flow_log_density`: a network of 64-64 units moves a normal distribution for
 one unit of time, trained by Adam on the exact log-likelihood. Against a Gaussian kernel estimate of the same points and
-the best normal distribution. Expected: held-out log-likelihood above both; densities that integrate to one on a
-grid; both frameworks, from the same weights and batches, alike (both compiled). Aborts where `check.derivatives` fails. One line a
-framework in results/cnf.jsonl, a table, a figure.
+the best normal distribution. Both frameworks compile the steps. Expected: held-out log-likelihood above both;
+densities that integrate to one on a grid; both frameworks, from the same weights and batches, alike. Aborts where
+`check.derivatives` fails. One line a framework in results/cnf.jsonl, a table, a figure.
 """
 
 from __future__ import annotations
