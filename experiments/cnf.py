@@ -214,7 +214,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
             framework = record["config"]["framework"]
             axis.set_title(f"{framework}: integral {row['integral']:.3f}", fontsize=9)
             width = max(1, len(row["losses"]) // 50)
-            line[4].plot(np.convolve(row["losses"], np.ones(width) / width, "valid"), label=framework)
+            smooth = np.convolve(row["losses"], np.ones(width) / width, "valid")
+            line[4].plot(smooth, "-" if framework == "jax" else ":", lw=2, label=framework)
         line[4].axhline(-rows[0]["kernel_estimate"], color="0.5", ls="--", label="kernel estimate")
         line[4].axhline(-rows[0]["normal"], color="0.7", ls=":", label="normal")
         line[4].set_title("loss in nats", fontsize=9)

@@ -74,6 +74,7 @@ LONGER = (
     "test_odes_adjoints.py::test_implicit_steps[direct-kvaerno5-torch]",
     "test_odes_adjoints.py::test_matrix[jax-backsolve-grad]",
     "test_odes_adjoints.py::test_more_steps_than_a_segment_of_jax",
+    "test_odes_compiled.py::test_sixteen_bits_within_an_equation[True]",
     "test_odes_stiff.py::test_error_of_a_gradient[jax-",
     "test_odes_stiff.py::test_error_of_a_gradient[torch-robertson-rodas5p-0.0001]",
     "test_odes_stiff.py::test_every_example_by_itself_in_torch[kvaerno5]",

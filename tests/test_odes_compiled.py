@@ -137,6 +137,23 @@ def test_what_cannot_be_compiled():
         gl.odeint(by_numbers, one, TIMES, compile=True)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_sixteen_bits_within_an_equation(compile):
+    """In it autocast rounds to 3 digits; around the solution it is refused."""
+    W = torch.tensor([[0.3, -1.0], [0.7, 0.2]], requires_grad=True)
+    y0 = torch.tensor([[0.5, -1.0]], requires_grad=True)
+    plain = lambda t, y: torch.tanh(y @ W).float()
+
+    def f(t, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(t, y)
+
+    found = gradients(f, y0, [y0, W], compile=compile, rtol=1e-2)
+    close(found, gradients(plain, y0, [y0, W], rtol=1e-2), rtol=2e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(StrategyError, match="use it inside f"):
+        gl.odeint(plain, y0, TIMES, compile=compile)
+
+
 @pytest.mark.parametrize("method", ["midpoint", "tsit5", "dopri8"])
 def test_recorded_steps(method):
     """Those pulled back stage by stage are those differentiated by torch; and their second derivatives."""

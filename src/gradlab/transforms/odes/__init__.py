@@ -86,7 +86,7 @@ def odeint(
         KindError: y0 holds anything but floats, or args complex numbers.
         InputError: ts is not sorted or holds a time twice; f returns a tree unlike y0; an option that does not exist.
         StrategyError: a derivative that the adjoint asked for has not; with compile=True, an f that torch.compile
-            cannot trace as one graph.
+            cannot trace as one graph; in torch.autocast, which belongs inside f.
         ConvergenceError: max_steps was reached, no step was small enough, or f was not finite; torch names the time
             and the state. In compiled jax it is jax's own JaxRuntimeError with the same message.
         BackendError: arrays of both frameworks, or of neither.

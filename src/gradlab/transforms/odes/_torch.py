@@ -55,6 +55,11 @@ def odeint(
             "compile=False, or method='tsit5'"
         )
     tree = Tree("odeint", "y0", y0)
+    if torch.is_autocast_enabled(tree.leaves[0].device.type):
+        raise StrategyError(
+            "odeint: torch.autocast around it would round the steps to sixteen bits as well, and end before the "
+            "backward pass; use it inside f, and return a tree of y0's dtype"
+        )
     check_equation(f, tree)
     ts = times(ts, tree)
     leaves, spec = flatten(tuple(as_tensors(args)))
