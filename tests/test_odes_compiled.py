@@ -41,7 +41,7 @@ def test_compiled_steps_are_the_others(monkeypatch):
     params, run = [y0, w, *net.parameters()], _torch_compiled.Program.run
     kinds = []
     monkeypatch.setattr(
-        _torch_compiled.Program, "run", lambda self, key, *rest: kinds.append(key[0]) or run(self, key, *rest)
+        _torch_compiled.Program, "run", lambda self, name, *rest: kinds.append(name) or run(self, name, *rest)
     )
     close(gradients(f, y0, params, w, compile=True), gradients(f, y0, params, w))
     assert set(kinds) == {"begin", "forwards", "slopes", "backwards"}
@@ -79,7 +79,7 @@ def test_compiled_steps_that_are_recorded(method, monkeypatch):
     f = lambda t, y, w: net(y) * torch.cos(w * t)
     params, options = [y0, w, *net.parameters()], {"adjoint": "direct", "method": method}
     monkeypatch.setattr(
-        _torch_compiled.Program, "run", lambda self, key, *rest: kinds.append(key[0]) or run(self, key, *rest)
+        _torch_compiled.Program, "run", lambda self, name, *rest: kinds.append(name) or run(self, name, *rest)
     )
     close(gradients(f, y0, params, w, compile=True, **options), gradients(f, y0, params, w, **options))
     assert set(kinds) == {"begin", "forwards", "slopes", "recorded"}

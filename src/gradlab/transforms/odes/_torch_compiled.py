@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from gradlab._errors import StrategyError
 from gradlab.transforms.odes._torch_stages import Field, Single, combined, weights
+from gradlab.transforms.odes.tableaux import METHODS
 
 
 @dataclass(eq=False)
@@ -36,13 +37,13 @@ class Program:
         given = list(others)
         for place, x in sorted((p, x) for p, x in ((self.t, t), (self.y, y)) if p is not None):
             given.insert(place, x)
-        with (
-            torch.enable_grad()
-        ):  # as it was traced, or what f differentiates by itself would have no derivative
+        # as it was traced, or what f differentiates by itself would have no derivative
+        with torch.enable_grad():
             return self.graph(*given)[0]
 
-    def run(self, key: Any, made: Callable[..., Any], options: Sequence[Any], *given: Any) -> Any:
+    def run(self, name: str, made: Callable[..., Any], options: tuple[Any, ...], *given: Any) -> Any:
         """A step, made with these options, at tensors that have the same form each time; compiled at the first."""
+        key = name, *options
         if key not in self.steps:
             from torch import _inductor  # some seconds, that nobody else should wait for
             from torch.fx.experimental.proxy_tensor import make_fx
@@ -73,10 +74,8 @@ class Bound:
         program, others = self.program, self.others(params)
 
         def step(stages: Any, t: float, h: float, *given: Any) -> Any:
-            tableau, watched = stages.tableau, stages.run.watched
-            options = tableau, watched, whole, note is not None
-            key = "forwards", tableau.name, *options[1:]
-            y, slope, size, *more = program.run(key, forward_step, options, *given, *others)
+            options = stages.tableau.name, stages.run.watched, whole, note is not None
+            y, slope, size, *more = program.run("forwards", forward_step, options, *given, *others)
             if note is not None:
                 note(more.pop())
             return y, slope, size, None, None, more[0] if more else None
@@ -91,7 +90,7 @@ class Bound:
             tensor = lambda *x: torch.tensor(x, dtype=run.y.dtype, device=run.y.device)
             tol = tensor(run.tolerance.rtol, float(run.tolerance.atol))
             at = tensor(run.t, run.end - run.t)
-            slope, found = program.run(("begin",), euler_step, (), run.y.view(-1), at, tol, *others)
+            slope, found = program.run("begin", euler_step, (), run.y.view(-1), at, tol, *others)
             run.evaluations += 1
             return slope.view(run.shape), found.tolist()
 
@@ -102,14 +101,13 @@ class Bound:
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The pullbacks of a recorded step, and of the first slope."""
         program, others = self.program, self.others(params)
-        places = [(self.place(i), params[i].numel()) for i in wanted]
+        places = tuple((self.place(i), params[i].numel()) for i in wanted)
 
         def step(tableau: Any, *given: Any) -> Any:
-            key = "recorded", tableau.name, *places
-            return program.run(key, recorded_step, (tableau, places), *given, *others)
+            return program.run("recorded", recorded_step, (tableau.name, places), *given, *others)
 
         def first(*given: Any) -> Any:
-            return program.run(("slopes", False, *places), pullback, (places, False), *given, *others)[:2]
+            return program.run("slopes", pullback, (places, False), *given, *others)[:2]
 
         return step, first
 
@@ -224,9 +222,10 @@ def euler_step(program: Program) -> Callable[..., Any]:
 
 
 def forward_step(
-    program: Program, tableau: Any, watched: bool, whole: bool, noted: bool
+    program: Program, method: str, watched: bool, whole: bool, noted: bool
 ) -> Callable[..., Any]:
     """A step of the equation."""
+    tableau: Any = METHODS[method]
 
     def step(y: Any, slope: Any, at: Any, tol: Any, *others: Any) -> Any:
         t, h = at.unbind()
@@ -261,8 +260,9 @@ def pullback(program: Program, places: Sequence[Any], timed: bool) -> Callable[.
     return lambda a, t, y, *others: pulled(program, places, timed, a, t, y, others)
 
 
-def recorded_step(program: Program, tableau: Any, places: Sequence[Any]) -> Callable[..., Any]:
+def recorded_step(program: Program, method: str, places: Sequence[Any]) -> Callable[..., Any]:
     """The pullback of a step from y with these slopes: its state and last slope, and slopes (`own`) by themselves."""
+    tableau: Any = METHODS[method]
 
     def step(moved: Any, slope: Any, own: Any, y: Any, slopes: Any, at: Any, *others: Any) -> Any:
         t, h = at.unbind()
@@ -281,8 +281,9 @@ def recorded_step(program: Program, tableau: Any, places: Sequence[Any]) -> Call
     return step
 
 
-def backward_step(program: Program, tableau: Any, places: Sequence[Any], timed: bool) -> Callable[..., Any]:
+def backward_step(program: Program, method: str, places: Sequence[Any], timed: bool) -> Callable[..., Any]:
     """A step of the adjoint, with the states at its stages."""
+    tableau: Any = METHODS[method]
 
     def step(a: Any, slope: Any, integrand: Any, states: Any, at: Any, tol: Any, *others: Any) -> Any:
         t, h = at.unbind()
@@ -307,7 +308,7 @@ class Backwards:
     ):
         self.program, self.others = bound.program, bound.others(params)
         self.timed, self.trajectory, self.known = bound.program.t is not None, trajectory, known
-        self.places = [(bound.place(i), params[i].numel()) for i in wanted]
+        self.places = tuple((bound.place(i), params[i].numel()) for i in wanted)
         self.empty = not (self.places or self.timed)
 
     def field(self, jacobians: Any) -> Field:
@@ -320,9 +321,9 @@ class Backwards:
 
     def slopes(self, time: float, t: Any, a: Any) -> Any:
         """Those at the start."""
-        key, y = ("slopes", self.timed, *self.places), self.trajectory.states([time])
+        y = self.trajectory.states([time])
         given = (a.view(-1), t.reshape(()), y.view(-1), *self.others)
-        moved, integrand, rate = self.program.run(key, pullback, (self.places, self.timed), *given)
+        moved, integrand, rate = self.program.run("slopes", pullback, (self.places, self.timed), *given)
         self.note(time, rate)
         return moved.view(a.shape), None if self.empty else integrand[None]
 
@@ -332,8 +333,10 @@ class Backwards:
         integrand = a.new_zeros(0) if self.empty else stages.run.integrand[0]
         states = self.trajectory.states([t + x * h for x in c])
         given = (a, slope, integrand, states, at, tol, *self.others)
-        key, options = ("backwards", tableau.name, *self.places), (tableau, self.places, self.timed)
-        y, slope, size, integrand, gained, rate = self.program.run(key, backward_step, options, *given)
+        options = tableau.name, self.places, self.timed
+        y, slope, size, integrand, gained, rate = self.program.run(
+            "backwards", backward_step, options, *given
+        )
         self.note(t + c[-1] * h, rate)
         return y, slope, size, *((None, None) if self.empty else (integrand[None], gained[None])), None
 
