@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 FRAMEWORKS = ["jax", "torch"]
+EACH = ["torch", pytest.param("jax", marks=pytest.mark.slow)]  # where jax compiles for long
 
 
 def load(name):

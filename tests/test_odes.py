@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradlab
-from frameworks import FRAMEWORKS, load
+from frameworks import EACH, FRAMEWORKS, load
 from gradlab import ConvergenceError, InputError, KindError
 from gradlab.bench.ode_problems import EQUATIONS
 from gradlab.transforms.odes.options import Adjoint, Status
@@ -152,15 +152,8 @@ def test_error_of_a_gradient(framework, name, tolerance):
         assert off <= 100 * tolerance, key
 
 
-@pytest.mark.parametrize(
-    ("framework", "adjoint"),
-    [
-        pytest.param(framework, adjoint, marks=() if quick else pytest.mark.slow)
-        for framework in FRAMEWORKS
-        for adjoint in get_args(Adjoint)
-        for quick in [framework == "torch"]
-    ],
-)
+@pytest.mark.parametrize("adjoint", get_args(Adjoint))
+@pytest.mark.parametrize("framework", EACH)
 def test_a_gradient_of_what_was_not_reached(framework, adjoint):
     """It is refused where the value is, compiled code of the gradient alone included; else it is not-a-number."""
     fw = load(framework)
@@ -196,14 +189,8 @@ def test_a_float32_state_with_float64_times(fw):
     assert np.allclose(fw.numpy(found), np.exp(-0.125), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("framework", "adjoint"),
-    [
-        pytest.param(framework, adjoint, marks=() if framework == "torch" else pytest.mark.slow)
-        for framework in FRAMEWORKS
-        for adjoint in get_args(Adjoint)
-    ],
-)
+@pytest.mark.parametrize("adjoint", get_args(Adjoint))
+@pytest.mark.parametrize("framework", EACH)
 def test_one_time_alone(framework, adjoint):
     """Nothing to integrate: the state is y0."""
     fw = load(framework)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from frameworks import FRAMEWORKS, load
+from frameworks import EACH, FRAMEWORKS, load
 from gradlab import StrategyError
 from gradlab.bench.ode_problems import EQUATIONS
 from test_odes import NESTS, X, exact, nests, solved
@@ -152,7 +152,7 @@ def test_fixed_steps_of_jax_hold_no_room_for_more():
     assert np.allclose(fw.numpy(gradient(step_size=0.05)(y)), np.exp(-1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("framework", EACH)
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
 def test_a_state_that_does_not_come_back_at_loose_tolerances(framework, tolerance):
     """Van der Pol's oscillation ends, backwards, in the point of rest: a few hundred times the tolerances from y0."""

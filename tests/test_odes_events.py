@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 import gradlab
-from frameworks import FRAMEWORKS, load
+from frameworks import EACH, FRAMEWORKS, load
 from gradlab import ConvergenceError, GradientWarning, InputError
 from gradlab.transforms.odes.options import Status
 from test_odes import logistic
 
-EACH = ["torch", pytest.param("jax", marks=pytest.mark.slow)]  # jax compiles for long
 X = np.array([10.0, 9.8, 0.0, 0.2, 0.5, 3.0, 4.0])  # height, gravity, ts, and at the end beyond the fall
 W = np.array([0.7, -0.3, 0.4, 0.2, 0.5, -0.6, 0.9])
 

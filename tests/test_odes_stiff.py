@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from frameworks import FRAMEWORKS, load
+from frameworks import EACH, FRAMEWORKS, load
 from gradlab import ConvergenceError
 from gradlab.bench.ode_problems import EQUATIONS
 from gradlab.transforms.odes.tableaux import METHODS
@@ -97,7 +97,7 @@ def test_every_example_by_itself_in_torch(method):
     assert np.allclose(fw.numpy(many), [float(fw.grad(loss)(a)) for a in rates], rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("framework", EACH)
 def test_the_switch_is_taken_once_and_only_where_needed(framework):
     fw = load(framework)
     for rtol in (1e-4, 1e-8):
